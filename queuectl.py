@@ -8218,20 +8218,15 @@ PAGE = r'''<!doctype html>
   --quiet: light-dark(#5a5d66, #a0a3ac); --accent: light-dark(#3157d5, #8eacff);
   --on-accent: light-dark(#fff, #0b1020); --tint: light-dark(#eef2fe, #1a2138);
   --warn: light-dark(#8a5800, #e3ab4d); --bad: light-dark(#c02f28, #ff837b);
-  --s-quiet: light-dark(#7b7e87, #8b8e97); --s-good: light-dark(#1f9460, #45b985);
-  --s-warn: light-dark(#c47d0c, #dfa549); --s-bad: light-dark(#d33f37, #f2716a);
+  --good: light-dark(#1f9460, #45b985);
   --bad-tint: light-dark(#fdf1f0, #2a1718); --warn-tint: light-dark(#fdf6e7, #2a2113);
-  --mono: ui-monospace, SFMono-Regular, "SF Mono", Menlo, Consolas,
-    monospace;
+  --mono: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   --small: .75rem; --text: .8125rem; --large: 1.125rem; --figure: 1.5rem;
 }
-:root[data-theme=light] { color-scheme: light }
-:root[data-theme=dark] { color-scheme: dark }
 * { box-sizing: border-box } [hidden] { display: none !important }
 html { scroll-padding-top: 4rem }
 body { margin: 0; background: var(--ground); color: var(--ink);
-  font: 400 var(--text)/1.5 system-ui, -apple-system, "Segoe UI", Roboto,
-    "Helvetica Neue", sans-serif;
+  font: 400 var(--text)/1.5 system-ui, sans-serif;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
 h1, h2, h3, p, ul, dl, dd, figure, pre { margin: 0; padding: 0; list-style: none }
 h1 { font-size: var(--large); font-weight: 600; letter-spacing: -.01em }
@@ -8277,10 +8272,10 @@ input[type=checkbox] { min-height: 0; accent-color: var(--accent) }
 .mark { flex: none; align-self: center; display: inline-block; width: .5rem;
   height: .5rem; border-radius: 50%; background: currentColor }
 .mark, .plot [class], .legend i { color: var(--hue) }
-.pending, .cancelled { --hue: var(--s-quiet) }
+.pending, .cancelled { --hue: var(--quiet) }
 .processing, .run { --hue: var(--accent) }
-.completed { --hue: var(--s-good) } .dead { --hue: var(--s-bad) }
-.failed, .wait { --hue: var(--s-warn) }
+.completed { --hue: var(--good) } .dead { --hue: var(--bad) }
+.failed, .wait { --hue: var(--warn) }
 .pending .mark { background: none; border: 1.5px solid currentColor }
 .cancelled .mark { border-radius: 0; height: 2px } .dead .mark { border-radius: 1px }
 .failed .mark { border-radius: 1px; transform: rotate(45deg) scale(.9) }
@@ -8297,7 +8292,6 @@ input[type=checkbox] { min-height: 0; accent-color: var(--accent) }
 main, footer { max-width: 90rem; margin: 0 auto; padding: 1rem 1.25rem }
 footer { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: center;
   color: var(--quiet); font-size: var(--small) }
-footer label { display: flex; gap: .375rem; align-items: center; min-height: 1.5rem }
 .notice { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
   padding: .625rem max(1.25rem, 50vw - 43.75rem); background: var(--warn-tint);
   border-bottom: 1px solid var(--line) }
@@ -8316,44 +8310,34 @@ body.stale main > * { opacity: .6 }
 #health { display: flex; align-items: center; gap: .625rem; flex-wrap: wrap }
 #health .mark { width: .625rem; height: .625rem }
 .counts { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 1px;
-  overflow: hidden }
-.counts a { padding: .5rem .875rem .625rem; box-shadow: 0 0 0 1px var(--line) }
+  overflow: hidden; background: var(--line) }
+.counts a { padding: .5rem .875rem .625rem; background: var(--panel) }
 .counts a > * { display: block } .counts a > .state { display: flex }
 .counts a:focus-visible { outline-offset: -3px; border-radius: 7px }
 .counts a:hover { text-decoration: none; background: var(--hover) }
 .counts a[aria-current] { background: var(--tint);
-  box-shadow: 0 0 0 1px var(--line), inset 0 -2px var(--accent) }
+  box-shadow: inset 0 -2px var(--accent) }
 .counts b { font-size: var(--figure); font-weight: 500; line-height: 1.3;
   letter-spacing: -.02em }
 .pair { display: grid; gap: .875rem; grid-template-columns: repeat(2, minmax(0, 1fr)) }
 .side { display: grid; gap: .875rem; align-content: start }
 
 /* Charts. */
-.chart { display: flex; flex-direction: column; justify-content: space-between }
-.chart .legend { flex-basis: 100% } .pair:has(details[open]) { align-items: start }
+.chart .legend { flex-basis: 100% }
 .legend { display: flex; flex-wrap: wrap; gap: 0 .875rem; font-size: var(--small);
   color: var(--quiet) }
 .legend b { color: var(--ink); font-weight: 500 }
 .legend i { display: inline-block; width: .5rem; height: .5rem; margin-right: .375rem;
   border-radius: 1px; background: currentColor }
-.plot { position: relative; height: 7.75rem; margin: 0 .875rem; border-radius: 4px }
+.plot { position: relative; height: 6rem; margin: .5rem .875rem 1.5rem 3rem }
 .plot svg { display: block; width: 100%; height: 100%; overflow: visible }
 .plot text { fill: var(--quiet); font-size: .6875rem }
 .plot .rule { stroke: var(--line) } .plot .cursor { stroke: var(--edge) }
-.plot .line { fill: none; stroke: currentColor; stroke-width: 1.5;
-  stroke-linejoin: round; stroke-linecap: round }
-.plot .p95 { stroke-width: 1; stroke-dasharray: 2 2.5 }
-.plot .band { fill: currentColor; opacity: .12 }
-.plot rect, .plot circle { fill: currentColor } .plot .partial { opacity: .5 }
+.plot rect { fill: currentColor } .plot .partial { opacity: .5 }
 .plot input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0;
   opacity: 0; cursor: crosshair; touch-action: pan-y }
 .plot:has(:focus-visible) { outline: 2px solid var(--accent); outline-offset: 2px }
 details > summary { cursor: pointer; color: var(--quiet); font-size: var(--small) }
-.figures { padding: .375rem .875rem .625rem }
-.figures summary { width: fit-content; min-height: 1.5rem; line-height: 1.5rem }
-.figures div { max-height: 16rem; overflow: auto }
-.figures table { font-size: var(--small) }
-.figures th, .figures td { text-align: right }
 
 /* Short lists: one line for the job, one for the words. */
 .brief { display: grid; grid-template-columns: .5rem 4.5rem minmax(0, 1fr) auto;
@@ -8420,6 +8404,7 @@ th:last-child, td:last-child { padding-right: .875rem }
 .fields { display: grid; grid-template-columns: 6.5rem minmax(0, 1fr);
   padding: 0 .875rem .75rem; gap: .25rem .5rem }
 .fields dt { color: var(--quiet) }
+dt::first-letter, label::first-letter { text-transform: uppercase }
 .output { max-height: 26rem; min-height: 4rem; overflow: auto; padding: .75rem .875rem;
   border-top: 1px solid var(--line); font-size: var(--small); line-height: 1.55;
   white-space: pre-wrap; border-radius: 0 0 7px 7px }
@@ -8433,9 +8418,11 @@ dialog { width: min(34rem, calc(100vw - 2rem)); max-height: calc(100dvh - 2rem);
 dialog::backdrop { background: rgb(0 0 0 / .4) }
 dialog form { padding: 1.125rem 1.25rem; display: grid; gap: .875rem }
 dialog h2 { font-size: var(--large) }
-.row { display: grid; gap: .875rem; grid-template-columns: repeat(3, minmax(0, 1fr)) }
+.row { display: grid; gap: .875rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(9rem, 100%), 1fr)) }
 .field { display: grid; gap: .25rem; align-content: start }
-.field input { width: 100% }
+.field:has(textarea) { grid-column: 1 / -1 }
+.field input:not([type=checkbox]) { width: 100% }
 .field [aria-invalid=true] { border-color: var(--bad) }
 .buttons { display: flex; justify-content: flex-end; gap: .5rem }
 dialog details > :not(summary) { margin-top: .75rem }
@@ -8462,7 +8449,7 @@ dialog details > :not(summary) { margin-top: .75rem }
   .top .path { visibility: hidden }
   .counts { grid-template-columns: repeat(3, minmax(0, 1fr)) }
   .counts a { padding-inline: .5rem }
-  .pair, .row { grid-template-columns: minmax(0, 1fr) }
+  .pair { grid-template-columns: minmax(0, 1fr) }
   .filters > * { flex: 1 1 8rem }
   .filters input[type=search] { flex-basis: 100% }
   .title .actions { margin-left: 0; width: 100% }
@@ -8488,15 +8475,11 @@ dialog details > :not(summary) { margin-top: .75rem }
   .mark, .slots i, .legend i { forced-color-adjust: none }
 }
 </style>
-<script>
-(() => {
-"use strict";
-
+<script type="module">
 const PAGE = 50;            // jobs in the table, never more in the document
 const SHORT = 4;            // lines in the short lists
 const SLOTS = 12;           // lines a worker shows
 const KEPT = 1 << 20;       // characters of an output that are drawn
-const MINUTE = 60000;
 const OVERDUE = 30;         // seconds without heartbeat that call for attention
 const PATIENCE = 20000;     // ms to wait for an answer, or for any event
 
@@ -8505,8 +8488,8 @@ const PATIENCE = 20000;     // ms to wait for an answer, or for any event
 const $ = (selector, root = document) => root.querySelector(selector);
 const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
 
-function fill(node, attributes, children) {
-  for (const [name, value] of Object.entries(attributes || {})) {
+function fill(node, attributes, children = []) {
+  for (const [name, value] of Object.entries(attributes)) {
     if (typeof value === "function") node.addEventListener(name, value);
     else if (value !== null && value !== undefined && value !== false)
       node.setAttribute(name, value === true ? "" : value);
@@ -8578,13 +8561,6 @@ function renderOnce(node, value, build) {
   if (node.signature === signature) return;
   node.signature = signature;
   keepingFocus(node, () => node.replaceChildren(...build()));
-}
-
-function table(heads, rows) {       // heads: words, or [word, class]
-  return h("table",
-    h("thead", h("tr", heads.map(head => [head].flat()).map(([word, kind]) =>
-      h("th", { scope: "col", class: kind }, word)))),
-    h("tbody", rows));
 }
 
 // ---- 2 Words and figures. ----
@@ -8775,8 +8751,7 @@ async function readJobs() {
 let stream = null, retryPause = 1000, retryTimer = null, lastContact = 0;
 
 function listen() {
-  clearTimeout(retryTimer);
-  if (stream) stream.close();
+  disconnect();
   stream = new EventSource("/api/events");
   stream.addEventListener("open", onConnect);
   stream.addEventListener("error", onDisconnect);
@@ -8799,12 +8774,15 @@ function onConnect() {
   if (wasLost) answer("The server is back; this is how things stand now.");
 }
 
-// The browser reconnects by itself, except after some errors: then we do.
+function disconnect() {
+  clearTimeout(retryTimer);
+  stream?.close();
+}
+
 function onDisconnect() {
+  disconnect();
   if (model.link === "live") model.link = "lost";
   showConnection();
-  if (stream && stream.readyState !== EventSource.CLOSED) return;
-  clearTimeout(retryTimer);
   retryTimer = setTimeout(reconnect, retryPause);
   retryPause = Math.min(retryPause * 2, 15000);
 }
@@ -8813,7 +8791,7 @@ function onDisconnect() {
 async function probe() {
   if (model.link !== "live" || performance.now() - lastContact < PATIENCE) return;
   try { await ask("GET", "/healthz"); }
-  catch { stream.close(); onDisconnect(); }
+  catch { onDisconnect(); }
 }
 
 async function reconnect() {
@@ -8822,8 +8800,9 @@ async function reconnect() {
 }
 
 async function enter() {
-  const { role, actions, version, database } = await get("/api/session");
+  const { role, actions, fields, version, database } = await get("/api/session");
   Object.assign(model, { role, actions });
+  if (!$("#enqueue [name]")) buildForm(fields);
   if (model.link === "out") model.link = "connecting";
   setText($("#database"), database);
   $("#database").title = database;
@@ -8835,8 +8814,7 @@ async function enter() {
 
 function logOut() {
   model.link = "out";
-  if (stream) stream.close();
-  clearTimeout(retryTimer);
+  disconnect();
   $("#board").hidden = $("#job").hidden = true;
   $("#logged-out").hidden = false;
   for (const node of $$(".changes, #read-only")) node.hidden = true;
@@ -8877,69 +8855,42 @@ function showStatus() {
 }
 
 const sum = (rows, name) => rows.reduce((total, one) => total + one[name], 0);
-const slotsOf = workers => sum(workers, "slots");
 const stateLink = (state, text) => h("a", { href: boardPath({ state }) }, text);
 
-// What needs attention, worst first: [level, text or link].
-function concerns() {
-  const { jobs, workers, paused } = model.status, waiting = jobs.pending + jobs.failed;
-  const stalled = workers.filter(one => since(one.heartbeat_at) > OVERDUE)
-    .map(one => `worker ${one.name} sends no heartbeat`);
-  if (!workers.length && waiting)
-    stalled.push(`no worker is running and ${many(waiting, "job waits", "jobs wait")}`);
-  const others = paused.map(name =>
-    name === "*" ? "all queues are paused" : `queue ${name} is paused`);
-  if (jobs.dead)
-    others.unshift(stateLink("dead", `${many(jobs.dead, "job is", "jobs are")} dead`));
-  return [...stalled.map(text => ["dead", text]),
-          ...others.map(text => ["failed", text])];
-}
-
-function paceWords() {
-  const full = model.history.slice(-6, -1), rate = sum(full, "completed") / full.length;
-  const { jobs, workers } = model.status, slots = slotsOf(workers);
-  const words = slots ? `${count(sum(workers, "busy"))} of ${many(slots, "slot")} busy`
-    : jobs.pending ? "" : "no worker is running";
-  const pace = rate < 10 ? rate.toFixed(1) : count(Math.round(rate));
-  return rate ? `${words ? `${words}, ` : ""}${pace} completed a minute` : words;
-}
-
 function showHealth() {
-  const found = concerns(), level = found.length ? found[0][0] : "completed";
-  const title = { dead: "Stalled", failed: "Needs attention", completed: "Healthy" };
+  const { jobs: { dead }, paused, attention } = model.status;
+  const found = [
+    ...attention.filter(one => one.code !== "paused").map(one => one.message),
+    dead && stateLink("dead", `${many(dead, "job is", "jobs are")} dead`),
+    ...paused.map(name => name === "*" ? "all queues are paused"
+                                       : `queue ${name} is paused`)].filter(Boolean);
+  const [level, title] = attention.some(one => one.code === "no-worker")
+    ? ["dead", "Stalled"] : found.length ? ["failed", "Needs attention"]
+    : ["completed", "Healthy"];
   $("#health h1").className = `state ${level}`;
-  setText($("#health h1 span"), title[level]);
-  const parts = [...found.map(([, text]) => text), paceWords()].filter(Boolean);
-  renderOnce($("#health p"), parts.map(part => part.textContent || part), () =>
-    parts.flatMap((part, n) => n ? [" \u00b7 ", part] : part));
-}
-
-function tileNote(state) {
-  const { workers, next_due: due, jobs } = model.status;
-  if (state === "pending" && due && since(due) < 0)
-    return ["next ", clock("due", due)];
-  const done = sum(model.history, "completed"), dead = sum(model.history, "failed");
-  return [{
-    pending: jobs.pending ? "wait for a slot" : "nothing waits",
-    processing: workers.length ? `of ${many(slotsOf(workers), "slot")}` : "no worker",
-    completed: !(done + dead) ? "exit status 0"
-      : `${Math.floor(done / (done + dead) * 1000) / 10}% this hour`,
-    failed: "will be retried", dead: "need attention",
-    cancelled: "by a user" }[state]];
+  setText($("#health h1 span"), title);
+  renderOnce($("#health p"), found.map(part => part.textContent || part), () =>
+    found.flatMap((part, n) => n ? [" \u00b7 ", part] : part));
 }
 
 function showCounts() {
   if (!model.status) return;
-  const tiles = states().map(state => {
-    const note = tileNote(state);   // a clock runs by itself, so it is told by its time
-    return { state, number: count(model.status.jobs[state]),
-             isChosen: filter.state === state,
-             note: note.map(part => part.dateTime || part) };
-  });
-  renderList($("#counts"), tiles, one => one.state, ({ state, number, isChosen }) =>
-    h("a", { href: boardPath({ state: isChosen ? "" : state }),
-             "aria-current": isChosen && "true" },
-      stateWord(state), h("b", number), h("span.small.quiet.cut", tileNote(state))));
+  const { jobs, workers, next_due: due } = model.status;
+  const done = sum(model.history, "completed"), died = sum(model.history, "failed");
+  const success = Math.floor(done / (done + died) * 1000) / 10;
+  const notes = {
+    pending: since(due) < 0 && due, failed: "will be retried", dead: "need attention",
+    processing: `of ${many(sum(workers, "slots"), "slot")}`,
+    completed: done + died ? `${success}% this hour` : "" };
+  const tiles = states().map(state => ({
+    state, number: count(jobs[state]), isChosen: filter.state === state,
+    note: notes[state] || "" }));
+  renderList($("#counts"), tiles, one => one.state,
+    ({ state, number, isChosen, note }) =>
+      h("a", { href: boardPath({ state: isChosen ? "" : state }),
+               "aria-current": isChosen && "true" },
+        stateWord(state), h("b", number), h("span.small.quiet.cut",
+          state === "pending" && note ? ["next ", clock("due", note)] : note)));
 }
 
 // ---- 7 Charts of the last 60 minutes, oldest first; the last is not over yet. ----
@@ -8947,148 +8898,91 @@ function showCounts() {
 const RATES = [["completed", "completed"], ["retried", "failed"], ["failed", "dead"]];
 const TIMES = [["run", "run time"], ["wait", "waiting"]];
 const TICKS = [0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 36000, 360000];
-const figure = seconds => seconds === null ? "" : span(seconds);
-
-const CHARTS = {
-  rates: {
-    label: "Minute to read, jobs per minute",
-    heads: ["Minute", "Completed", "Retried", "Failed"],
-    read: minute => minute || Object.fromEntries(    // else the hour
-      RATES.map(([name]) => [name, sum(model.history, name)])),
-    when: ({ at }) => at ? clockTime(at) : "last hour",
-    figures: one => RATES.map(([name, hue]) => [hue, name, count(one[name])]),
-    cells: one => RATES.map(([name]) => count(one[name])),
-    paint: bars,
-  },
-  times: {
-    label: "Minute to read, waiting and run time",
-    heads: ["Minute", "Run time p50", "p95", "Waiting p50", "p95"],
-    read: minute => minute || model.history.findLast(one =>
-      one.run_p50 !== null || one.wait_p50 !== null) || {},
-    when: ({ at }) => `${at ? `${clockTime(at)}, ` : ""}p50 / p95`,
-    figures: one => !one.at ? [] : TIMES.map(([key, word]) => [key, word,
-      [one[`${key}_p50`], one[`${key}_p95`]].map(figure).filter(Boolean).join(" / ") ||
-        "none"]),
-    cells: one => TIMES.flatMap(([key]) => [figure(one[`${key}_p50`]),
-                                            figure(one[`${key}_p95`])]),
-    paint: curves,
-  },
-};
+const figure = seconds => seconds === null ? "none" : span(seconds);
 const cursor = { rates: null, times: null };    // the minute that is read; null: none
 
-function frame(id) {
-  const box = $(`#${id} .plot`);
-  return { box, left: 34, right: Math.max(120, box.clientWidth) - 2,
-           top: 8, bottom: box.clientHeight - 18 };
-}
-
-const xOf = (at, n) => at.left + (at.right - at.left) * n / 60;
-const yOf = (at, share) => at.bottom - (at.bottom - at.top) * share;
-
-function axes(at, ticks) {
-  const rules = ticks.map(([share, label]) => {
-    const y = yOf(at, share);
-    return [draw("line", { class: "rule", x1: at.left, x2: at.right, y1: y, y2: y }),
-            draw("text", { x: at.left - 6, y: y + 3.5, "text-anchor": "end" }, label)];
-  });
-  const quarters = model.history.map((one, n) => [Date.parse(one.at), n])
-    .filter(([start, n]) => n > 1 && n < 57 && start / MINUTE % 15 === 0)
-    .map(([start, n]) => draw("text", { x: xOf(at, n), y: at.bottom + 14,
-                                        "text-anchor": "middle" }, clockTime(start)));
-  return [...rules, ...quarters];
-}
-
-function bars(at, data) {
-  const most = Math.max(1, ...data.map(one =>
-    one.completed + one.retried + one.failed));
-  const step = 10 ** Math.floor(Math.log10(most));
-  const top = [2, 4, 6, 8, 10].map(n => n * step).find(n => n >= most);
-  const width = Math.max(1, (at.right - at.left) / 60 - 1);
-  const shapes = data.flatMap((one, n) => {
-    let done = 0;
-    return RATES.filter(([name]) => one[name]).map(([name, hue]) => {
-      const low = yOf(at, done / top);
-      done += one[name];
-      const high = Math.min(yOf(at, done / top), low - 1.5);   // one is seen as well
-      return draw("rect", { class: hue + (n === 59 ? " partial" : ""),
-                            x: xOf(at, n) + 0.5, y: high, width, height: low - high });
-    });
-  });
-  const ticks = [0, 0.5, 1].map(share => [share, count(top * share)]);
-  return [...axes(at, ticks), ...shapes];
-}
-
-function curves(at, data) {
-  const values = data.flatMap(one => TIMES.flatMap(([key]) =>
-    [one[`${key}_p50`], one[`${key}_p95`]])).filter(value => value !== null);
-  const low = TICKS.filter(t => t <= Math.min(...values, 1)).pop() || TICKS[0];
-  const high = TICKS.find(t => t >= Math.max(...values, low * 10)) || TICKS.at(-1);
-  const share = value => Math.log(Math.max(value, low) / low) / Math.log(high / low);
-  const ticks = TICKS.filter(t => t >= low && t <= high)
-    .map(t => [share(t), span(t).replace(/ 00[sm]/, "")]);
-  const nothing = draw("text", { x: at.right / 2, y: at.bottom / 2 + 9,
-                                 "text-anchor": "middle" }, "nothing measured yet");
-  return [...axes(at, ticks), values.length ? "" : nothing,
-          ...TIMES.flatMap(([key]) => curve(at, data, key, share))];
-}
-
-// A line for each stretch of minutes in which something was measured.
-function curve(at, data, key, share) {
-  const stretches = [[]];
-  data.forEach((one, n) => one[`${key}_p50`] === null ? stretches.push([])
-                                                      : stretches.at(-1).push(n));
-  const points = (run, name) => run.map(n => [
-    xOf(at, n + 0.5).toFixed(1), yOf(at, share(data[n][`${key}_${name}`])).toFixed(1)]);
-  return stretches.filter(run => run.length).flatMap(run => {
-    const low = points(run, "p50"), high = points(run, "p95");
-    if (run.length === 1)
-      return draw("circle", { class: key, cx: low[0][0], cy: low[0][1], r: 2 });
-    return [
-      draw("polygon", { class: `band ${key}`,
-                        points: [...low, ...[...high].reverse()].join(" ") }),
-      draw("polyline", { class: `line p95 ${key}`, points: high.join(" ") }),
-      draw("polyline", { class: `line ${key}`, points: low.join(" ") })];
-  });
-}
+// `whole` is read when no minute is; a bar is [class, low, high, left, width].
+const CHARTS = {
+  rates: {
+    whole: data => Object.fromEntries(RATES.map(([name]) => [name, sum(data, name)])),
+    figures: one => RATES.map(([name, hue]) => [hue, name, count(one[name])]),
+    bars(one) {
+      let top = 0;
+      return RATES.map(([name, hue]) => [hue, top, top += one[name], 0.05, 0.9])
+        .filter(([, low, high]) => high > low);
+    },
+    scale(most) {
+      const step = 10 ** Math.floor(Math.log10(most));
+      const top = [2, 4, 6, 8, 10].map(n => n * step).find(n => n >= most);
+      return [value => value / top, [0, top / 2, top].map(n => [n, count(n)])];
+    },
+  },
+  times: {
+    whole: data => data.findLast(one => CHARTS.times.bars(one).length) || data.at(-1),
+    figures: one => TIMES.map(([key, word]) => [key, word, [...new Set(
+      ["p50", "p95"].map(part => figure(one[`${key}_${part}`])))].join(" / ")]),
+    bars: one => TIMES.map(([key], n) => [key, one[`${key}_p50`], one[`${key}_p95`],
+                                          0.05 + n * 0.45, 0.45])
+      .filter(([, low]) => low !== null),
+    scale(most, least) {
+      const low = TICKS.findLast(t => t <= Math.min(least, 1)) || TICKS[0];
+      const high = TICKS.find(t => t >= Math.max(most, low * 10)) || TICKS.at(-1);
+      return [value => Math.log(Math.max(value, low) / low) / Math.log(high / low),
+              TICKS.filter(t => t >= low && t <= high)
+                .map(t => [t, span(t).replace(/ 00[sm]/, "")])];
+    },
+  },
+};
 
 function showChart(id) {
-  const chart = CHARTS[id], data = model.history, n = cursor[id], at = frame(id);
-  const x = n === null ? 0 : xOf(at, n + 0.5);
-  const mark = n !== null && draw("line", { class: "cursor", x1: x, x2: x,
-                                            y1: at.top, y2: at.bottom });
-  const picture = draw("svg", { "aria-hidden": "true" }, chart.paint(at, data), mark);
-  $("svg", at.box)?.remove();
-  at.box.prepend(picture);
-  const one = chart.read(data[n]), when = chart.when(one), figures = chart.figures(one);
-  $(`#${id} .legend`).replaceChildren(h("span", when), ...figures.map(
+  const { whole, figures, bars, scale } = CHARTS[id], data = model.history;
+  const n = cursor[id], one = data[n] || whole(data), shapes = data.map(bars);
+  const values = shapes.flat().flatMap(([, low, high]) => [low, high]);
+  const [share, ticks] = scale(Math.max(1, ...values), Math.min(1, ...values));
+  const x = minutes => `${minutes / 0.6}%`, y = part => `${100 - 100 * part}%`;
+  $(`#${id} svg`).replaceChildren(
+    ...ticks.flatMap(([value, label]) => [
+      draw("line", { class: "rule", x2: "100%", y1: y(share(value)),
+                     y2: y(share(value)) }),
+      draw("text", { x: -6, y: y(share(value)), dy: 3.5, "text-anchor": "end" },
+           label)]),
+    ...data.map((minute, at) => [clockTime(minute.at), at])
+      .filter(([time, at]) => /(00|15|30|45)$/.test(time) && at > 1 && at < 57)
+      .map(([time, at]) => draw("text", { x: x(at), y: "100%", dy: 14,
+                                          "text-anchor": "middle" }, time)),
+    ...shapes.flatMap((several, at) => several.map(([hue, low, high, left, width]) => {
+      const top = Math.max(share(high), share(low) + 0.02);     // one is seen as well
+      return draw("rect", { class: hue + (at === 59 ? " partial" : ""), x: x(at + left),
+        y: y(top), width: x(width), height: `${100 * (top - share(low))}%` });
+    })),
+    values.length ? "" : draw("text", { x: "50%", y: "50%", "text-anchor": "middle" },
+                              "nothing measured yet"),
+    n === null ? "" : draw("line", { class: "cursor", x1: x(n + 0.5), x2: x(n + 0.5),
+                                     y2: "100%" }));
+  const when = one.at ? clockTime(one.at) : "last hour", told = figures(one);
+  $(`#${id} .legend`).replaceChildren(h("span", when), ...told.map(
     ([hue, word, value]) => h("span", h("i", { class: hue }), `${word} `,
                               h("b", value))));
-  $("input", at.box).ariaValueText = `${when}: ` +
-    figures.map(([, word, value]) => `${word} ${value}`).join(", ");
-  const details = $(`#${id} details`);
-  if (details.open) $("div", details).replaceChildren(table(chart.heads,
-    data.map(minute => h("tr", [clockTime(minute.at), ...chart.cells(minute)].map(
-      cell => h("td", cell)))).reverse()));
+  $(`#${id} input`).ariaValueText = `${when}: ` +
+    told.map(([, word, value]) => `${word} ${value}`).join(", ");
 }
 
 function showCharts() {
-  if (!shown && !$("#board").hidden) Object.keys(CHARTS).forEach(showChart);
+  if (model.history.length) Object.keys(CHARTS).forEach(showChart);
 }
 
 // A slider lies over each chart: the minute is chosen by pointer, touch and arrow keys.
-function addSlider(id) {
-  const read = n => { cursor[id] = n; showChart(id); };
-  const slider = h("input", { type: "range", min: 0, max: 59, value: 59,
-    "aria-label": CHARTS[id].label, input: () => read(Number(slider.value)),
-    blur: () => read(null) });
-  fill($(`#${id} .plot`), {
-    pointermove: event => {
-      const at = frame(id), x = event.clientX - at.box.getBoundingClientRect().left;
-      const n = Math.floor((x - at.left) / (at.right - at.left) * 60);
-      read(Math.min(59, Math.max(0, n)));
-    },
-    pointerleave: () => read(null) }, [slider]);
-  $(`#${id} details`).addEventListener("toggle", showCharts);
+function bindSlider(id) {
+  const slider = $(`#${id} input`), read = n => {
+    cursor[id] = n;
+    showCharts();
+  };
+  fill(slider, {
+    input: () => read(Number(slider.value)), blur: () => read(null),
+    pointerleave: () => read(null), pointermove: event => {
+      const { left, width } = slider.getBoundingClientRect();
+      read(Math.min(59, Math.max(0, Math.floor((event.clientX - left) / width * 60))));
+    } });
 }
 
 // ---- 8 Short lists, workers, queues, schedules. ----
@@ -9131,40 +9025,26 @@ function showWorkers() {
     jobs: running.slice(0, SLOTS).map(id =>
       known.get(id) || { id, state: "processing" }) }));
   renderList($("#workers"), blocks, one => one.name, workerBlock);
-  const slots = slotsOf(model.status.workers);
+  const slots = sum(blocks, "slots");
   setText($("#slots"), slots ? many(slots, "slot") : "");
 }
 
-function queueNote(queue, waiting) {
-  const { workers, paused } = model.status || { workers: [], paused: [] };
-  if (paused.includes("*")) return "all queues are paused";
-  if (queue.paused) return "paused";
-  if (waiting && queue.limit && queue.jobs.processing >= queue.limit)
-    return `at its limit ${queue.limit}`;
-  const isServed = !workers.length || workers.some(one =>
-    !one.queues.length || one.queues.includes(queue.name));
-  return waiting && !isServed ? "no worker takes it" : "";
-}
-
 function showQueues() {
-  const rows = model.queues.map(queue => {
-    const waiting = queue.jobs.pending + queue.jobs.failed;
-    return { ...queue, waiting, note: queueNote(queue, waiting) };
-  });
+  const rows = model.queues.map(queue => (
+    { ...queue, waiting: queue.jobs.pending + queue.jobs.failed }));
   renderList($("#queues tbody"), rows, one => one.name, queue => {
     const { name, paused, limit } = queue, verb = paused ? "Resume" : "Pause";
     return h("tr",
       h("td", h("a", { href: boardPath({ queue: name }) }, name),
-        queue.note && h("div.small.warn", queue.note)),
+        paused && h("div.small.warn", "paused")),
       h("td.number", count(queue.jobs.processing),
         limit > 0 && h("span.quiet", ` of ${count(limit)}`)),
       h("td.number", count(queue.waiting)),
       mayChange() && h("td.number", button(
-        verb, () => pauseQueue(name, paused), "plain", `${verb} queue ${name}`)));
+        verb, () => pause(name, paused), "plain", `${verb} queue ${name}`)));
   });
   $("#queues").hidden = !rows.length;
-  const isPaused = Boolean(model.status && model.status.paused.includes("*"));
-  setText($("#pause-all"), isPaused ? "Resume all" : "Pause all");
+  setText($("#pause-all"), isAllPaused() ? "Resume all" : "Pause all");
   const names = rows.map(one => one.name);
   $("#queue-names").replaceChildren(...names.map(name => h("option", { value: name })));
   options($("#filters [name=queue]"), "All queues", names, filter.queue);
@@ -9278,48 +9158,20 @@ const chosenRun = () => shown.job.runs.find(run => run.number === shown.run) ||
 
 async function readJob() {
   const page = shown;
-  if (!page || page.isDeleted) return;
-  try { page.job = await get(jobUrl(page.id)); }
-  catch (error) {
+  const job = await get(jobUrl(page.id)).catch(error => {
     if (error.status !== 404) throw error;
-    page.job = null;
-  }
+    return null;
+  });
   if (page !== shown) return;
-  if (page.job) { showJob(); return readOutput(); }
-  $("#job").replaceChildren(h("div.panel.begin",
-    h("h1", { tabindex: "-1" }, `There is no job ${page.id}`),
-    h("p", tagLink("#/", "All jobs"))));
+  page.job = job;
+  for (const node of $$("#job .found")) node.hidden = !job;
+  $("#no-job").hidden = Boolean(job);
+  if (job) { showJob(); readOutput(); }
   showTitle();
 }
 
-// The parts are made once; what changes is filled in, so that focus and scroll stay.
-function buildJobPage() {
-  $("#job").replaceChildren(
-    h("a.quiet", { href: boardPath(filter) }, "\u2190 All jobs"),
-    h("div.title", h("h1", { tabindex: "-1" }, shown.id),
-      h("span", { id: "job-state" }), h("div.actions")),
-    h("div.split",
-      h("div.stack",
-        h("pre.command", { id: "job-command" }),
-        h("div.panel.why", { id: "job-why", hidden: true }),
-        h("section.panel", { "aria-labelledby": "runs-title" },
-          h("header", h("h2", { id: "runs-title" }, "Runs")),
-          h("div", { id: "runs" })),
-        h("div.panel",
-          h("header", h("h2", { id: "output-title" }, "Output"),
-            h("span.quiet.small", { id: "output-note" }),
-            h("span", { id: "to-end", hidden: true },
-              button("Go to the end", toEnd, "plain"))),
-          h("pre.output", { id: "output", tabindex: "0", role: "region",
-                            "aria-labelledby": "output-title", scroll: noteScroll }))),
-      h("section.panel", { "aria-labelledby": "fields-title" },
-        h("header", h("h2", { id: "fields-title" }, "Details")),
-        h("dl.fields"))));
-}
-
 function showJob() {
-  if (!$("#job-state")) buildJobPage();
-  const { job } = shown, { runs, waiting_for: waits, ...fields } = job;
+  const { job } = shown;
   renderOnce($("#job-state"), job.state, () => [stateWord(job.state)]);
   const verbs = [["retry", job.state === "pending" ? "Run now" : "Retry", retryJob],
                  ["cancel", "Cancel job", cancelJob],
@@ -9327,47 +9179,51 @@ function showJob() {
   renderOnce($("#job .actions"), job.state, () => verbs
     .filter(([verb]) => may(job, verb))
     .map(([, word, work, kind]) => button(word, () => work(shown.job), kind)));
-  setText($("#job-command"), job.command);
+  setText($("#job .command"), job.command);
   const why = [["What went wrong", job.state === "completed" ? [] : [job.error]],
-               ["Why it waits", waits.map(reason => reason.replaceAll("`", ""))]];
+               ["Why it waits", job.waiting_for.map(reason =>
+                 reason.replaceAll("`", ""))]].filter(([, lines]) => lines[0]);
   const box = $("#job-why");
   box.classList.toggle("bad", job.state in TONES);
-  renderOnce(box, why, () => why.filter(([, lines]) => lines[0]).map(([title, lines]) =>
+  renderOnce(box, why, () => why.map(([title, lines]) =>
     h("div", h("h2.small.quiet", title), lines.map(line => h("p", line)))));
-  box.hidden = !box.children.length;
-  renderOnce($("#job .fields"), fields, () => DETAILS
-    .map(([label, key, show = String]) =>
-      [label, job[key] === null ? "" : show(job[key], job)])
-    .filter(([, value]) => value !== "" && value.length !== 0)
-    .flatMap(([label, value]) => [h("dt", label), h("dd", value)]));
-  showRuns(runs); showTitle();
+  box.hidden = !why.length;
+  const details = Object.entries(job).filter(([key, value]) =>
+    !ELSEWHERE.includes(key) && !EMPTY.includes(JSON.stringify(value)));
+  renderOnce($("#job .fields"), details, () => details.flatMap(([key, value]) => [
+    h("dt", words(key)), h("dd", DETAILS[key] ? DETAILS[key](value, job)
+                                 : key.endsWith("_at") ? fullTime(value) : value)]));
+  const chosen = chosenRun();
+  renderList($("#runs tbody"), job.runs.map(({ output, ...run }) => (
+    { ...run, id: job.id, isChosen: run.number === chosen.number })).reverse(),
+    run => run.number, runRow);
+  $("#runs").hidden = !chosen;
 }
 
-const SECONDS = value => value === 0 ? "never" : span(value);
-const DETAILS = [       // label, key, how its value is shown if there is one
-  ["Queue", "queue"], ["Priority", "priority"],
-  ["Attempts", "attempts", (n, job) => `${n} of ${Math.max(1, job.max_retries)}`
-    + (job.state === "processing" ? `, run ${job.runs.length} is running` : "")],
-  ["Lost runs", "crashes", n => n || ""], ["Created", "created_at", fullTime],
-  ["Due", "run_at", fullTime], ["Started", "started_at", fullTime],
-  ["Finished", "finished_at", fullTime], ["Changed", "updated_at", fullTime],
-  ["Worker", "worker"], ["Exit status", "exit_code"],
-  ["Time-out", "timeout", SECONDS], ["Backoff", "backoff_base", SECONDS],
-  ["After", "after", ids => ids.map(id => [tagLink(jobPath(id), id), " "])],
-  ["Unique key", "unique"], ["Tags", "tags", tags => tags.join(", ")],
-  ["Directory", "cwd", path => h("code", path)],
-  ["Environment", "env", variables => Object.keys(variables).length ? h("code",
-    Object.entries(variables).map(pair => pair.join("=")).join(" ")) : ""],
-];
+const ELSEWHERE = ["id", "command", "state", "error", "runs", "waiting_for"];
+const EMPTY = ["null", "false", '""', "[]", "{}"];
+const words = key => key.replaceAll("_", " ");
+const duration = seconds => seconds === 0 ? "never" : span(seconds);
+const linksTo = path => names => names.map(name => [tagLink(path(name), name), " "]);
+const DETAILS = {       // others: as they are, and a moment as a time
+  attempts: (n, job) => `${n} of ${Math.max(1, job.max_retries)}` +
+    (job.state === "processing" ? `, run ${job.runs.length} is running` : ""),
+  queue: queue => tagLink(boardPath({ queue }), queue), cwd: path => h("code", path),
+  tags: linksTo(tag => boardPath({ tag })),
+  after: linksTo(jobPath), after_any: linksTo(jobPath),
+  timeout: duration, backoff_base: duration, backoff_max: duration,
+  env: variables => h("code", Object.entries(variables).map(pair =>
+    pair.join("=")).join(" ")),
+};
 
 const OUTCOMES = { completed: "completed", lost: "dead", cancelled: "cancelled",
                    released: "pending" };   // others: failed
 
-function runRow(run, isChosen) {
+function runRow(run) {
   const state = run.outcome ? OUTCOMES[run.outcome] || "failed" : "processing";
   const cell = (kind, ...children) => h("td", { class: kind }, children);
-  return h("tr", { "aria-current": isChosen && "true" },
-    cell("", h("a.tag", { href: `${jobPath(shown.id)}?run=${run.number}`,
+  return h("tr", { "aria-current": run.isChosen && "true" },
+    cell("", h("a.tag", { href: `${jobPath(run.id)}?run=${run.number}`,
                           "aria-label": `Output of run ${run.number}` }, run.number)),
     cell("", stateWord(state, run.outcome || "running"),
          run.error && h("div.reason", run.error)),
@@ -9376,15 +9232,6 @@ function runRow(run, isChosen) {
                                : clock("elapsed", run.started_at)),
     cell("number quiet", clock("ago", run.started_at)),
     cell("quiet wide", run.worker, run.gpus && `, GPU ${run.gpus}`));
-}
-
-function showRuns(runs) {
-  const heads = ["Run", "Outcome", ["Exit", "number"], ["Took", "number"],
-                 ["Started", "number"], ["Worker", "wide"]];
-  const chosen = chosenRun(), facts = runs.map(({ output, ...run }) => run);
-  renderOnce($("#runs"), [facts, chosen && chosen.number], () => [runs.length
-    ? table(heads, runs.map(run => runRow(run, run === chosen)).reverse())
-    : h("p.none", "It has not run yet.")]);
 }
 
 // ---- 11 A run's output, followed while it runs. ----
@@ -9437,7 +9284,6 @@ function readable(text) {
 
 function showOutput(text, note) {
   const box = $("#output");
-  if (!box) return;
   setText($("#output-note"), note);
   setText(box, readable(text) || (!follow ? "Nothing to show before the first run." :
     !text && follow.isOver ? "It printed nothing." : "Nothing printed yet."));
@@ -9446,15 +9292,13 @@ function showOutput(text, note) {
   $("#to-end").hidden = !follow || follow.isAtEnd;
 }
 
-function noteScroll() {
-  const box = $("#output");
-  if (!follow) return;
-  follow.isAtEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 24;
-  $("#to-end").hidden = follow.isAtEnd;
+function noteScroll({ target: box }) {
+  if (follow)
+    follow.isAtEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 24;
+  $("#to-end").hidden = !follow || follow.isAtEnd;
 }
 
 function toEnd() {
-  follow.isAtEnd = true;
   $("#output").scrollTop = $("#output").scrollHeight;
   $("#output").focus();
 }
@@ -9515,14 +9359,11 @@ function cancelJob(job) {
       "it does not go.", "End and cancel"]);
 }
 
-async function deleteJob(job) {
-  const page = shown;
-  if (!await confirmed(`Delete ${job.id}?`, "The job, its runs and its output are " +
-      "removed for good.", "Delete")) return;
-  page.isDeleted = true;      // so it is not requested again: it would not be found
-  page.isDeleted = await act("DELETE", jobUrl(job.id), null, () =>
-    [`${job.id} is deleted.`]);
-  if (page.isDeleted && page === shown) location.hash = boardPath(filter);
+async function deleteJob({ id }) {
+  if (!await confirmed(`Delete ${id}?`, "The job, its runs and its output are " +
+                       "removed for good.", "Delete")) return;
+  location.hash = boardPath(filter);      // first: the job is not found once deleted
+  act("DELETE", jobUrl(id), null, () => [`${id} is deleted.`]);
 }
 
 function retryAll() {
@@ -9535,54 +9376,50 @@ function retryAll() {
       "Retry them", false]);
 }
 
-function pauseQueue(queue, isPaused) {
+const isAllPaused = () => Boolean(model.status?.paused.includes("*"));
+
+function pause(queue, isPaused) {       // null: all queues
   const verb = isPaused ? "resume" : "pause";
-  return act("POST", `/api/${verb}`, { queue }, () => [`Queue ${queue} is ${verb}d.`]);
+  return act("POST", `/api/${verb}`, { queue }, () =>
+    [`${queue ? `Queue ${queue} is` : "All queues are"} ${verb}d.`],
+    !queue && !isPaused && ["Pause all queues?", "No job starts until they are " +
+      "resumed. Running jobs continue.", "Pause all", false]);
 }
 
-function pauseAll() {
-  const isPaused = model.status.paused.includes("*");
-  const verb = isPaused ? "resume" : "pause";
-  return act("POST", `/api/${verb}`, {}, () => [`All queues are ${verb}d.`],
-    !isPaused && ["Pause all queues?", "No job starts until they are resumed. " +
-                  "Running jobs continue.", "Pause all", false]);
-}
+// ---- 13 The form for a new job, from the fields that the server names. ----
 
-// ---- 13 The form for a new job. ----
-
-// Rows of fields: name, label, placeholder, attributes. After the third row: "More".
-const FORM = [
-  [["command", "Command, run by /bin/sh", null, { rows: 3 }]],
-  [["queue", "Queue", "default", { list: "queue-names" }],
-   ["priority", "Priority", "0", { type: "number" }],
-   ["delay", "Delay", "none; 10m, 2h"]],
-  [["tags", "Tags, with spaces between"]],
-  [["max_retries", "Runs that may fail", "as configured", { type: "number", min: 0 }],
-   ["timeout", "Time-out", "as configured"],
-   ["backoff_base", "Backoff base", "as configured"]],
-  [["id", "Id", "job-N"], ["unique", "Unique key"], ["after", "After jobs", "ids"]],
-  [["cwd", "Directory", "where the server was started"]],
-  [["env", "Environment, NAME=VALUE a line", null, { rows: 2 }]],
-];
+const USUAL = ["command", "queue", "tags", "priority", "delay"];    // others: "More"
 const listOf = text => text.split(/[\s,]+/).filter(Boolean);
-const PARSERS = {           // others: the text, without blanks around it
-  command: text => text, priority: Number, max_retries: Number, tags: listOf,
-  after: listOf, env: text => Object.fromEntries(text.split("\n")
-    .filter(line => line.trim()).map(line => /^([^=]*)=?(.*)$/.exec(line))
-    .map(([, name, value]) => [name.trim(), value])),
+const envOf = text => Object.fromEntries(text.split("\n").filter(line => line.trim())
+  .map(line => /^\s*(.*?)\s*(?:=(.*))?$/.exec(line))
+  .map(([, key, value = ""]) => [key, value]));
+const INPUTS = {    // by the type of the value: hint, from text to value, attributes
+  integer: ["", Number, { type: "number" }],
+  boolean: ["", () => true, { type: "checkbox" }],
+  array: ["; several with spaces between", listOf],
+  object: ["; NAME=VALUE, one a line", envOf, { rows: 2 }],
+  command: ["", text => text, { rows: 3, required: true }],
+  text: ["", text => text.trim()],
 };
+const inputOf = ({ name, schema }) =>
+  INPUTS[name] || INPUTS[[schema.type].flat()[0]] || INPUTS.text;
 
-function buildForm() {
-  const rows = FORM.map(fields => {
-    const parts = fields.map(([name, label, placeholder, more = {}]) => h("div.field",
-      h("label", { for: `f-${name}` }, label),
+function buildForm(fields) {
+  const build = field => {
+    const { name, help } = field, [hint, , more = {}] = inputOf(field);
+    return h("div.field", h("label", { for: `f-${name}` }, words(name)),
       h(more.rows ? "textarea.mono" : "input", {
-        id: `f-${name}`, name, placeholder, autocomplete: "off",
-        spellcheck: more.rows && "false", required: name === "command", ...more })));
-    return parts.length > 1 ? h("div.row", parts) : parts[0];
-  });
-  $("#enqueue h2").after(...rows.slice(0, 3),
-    h("details", h("summary", "More"), rows.slice(3)));
+        id: `f-${name}`, name, autocomplete: "off", "aria-describedby": `h-${name}`,
+        spellcheck: more.rows && "false", list: name === "queue" && "queue-names",
+        ...more }),
+      h("span.small.quiet", { id: `h-${name}` }, help.split(";")[0] + hint));
+  };
+  const isUsual = one => USUAL.includes(one.name);
+  $("#enqueue h2").after(
+    h("div.row", fields.filter(isUsual).map(build)),
+    h("details", h("summary", "More"),
+      h("div.row", fields.filter(one => !isUsual(one)).map(build))));
+  model.fields = fields;
 }
 
 // The words in the dialog, and the field that they are about.
@@ -9602,9 +9439,10 @@ async function submitJob(event) {
   const dialog = $("#enqueue"), form = event.target, submit = $("[type=submit]", form);
   if (!form.elements.command.value.trim())
     return showFormError(dialog, { message: "There is no command.", key: "command" });
-  const filled = [...form.elements].filter(one => one.name && one.value.trim());
-  const job = Object.fromEntries(filled.map(({ name, value }) =>
-    [name, (PARSERS[name] || (text => text.trim()))(value)]));
+  const job = Object.fromEntries(model.fields
+    .map(field => [field, form.elements[field.name]])
+    .filter(([, one]) => one.type === "checkbox" ? one.checked : one.value.trim())
+    .map(([field, one]) => [field.name, inputOf(field)[1](one.value)]));
   submit.disabled = true;
   await act("POST", "/api/jobs", job, ({ id }) => {
     dialog.close();
@@ -9614,25 +9452,25 @@ async function submitJob(event) {
   submit.disabled = false;
 }
 
-// ---- 14 Routes, keys, theme, start. ----
+// ---- 14 Routes, keys, start. ----
 
 function route(event) {
   if (model.link === "out" || model.role === null) return;
   const [path, query = ""] = location.hash.slice(1).split("?");
-  const wanted = new URLSearchParams(query), match = /^\/jobs\/(.+)$/.exec(path);
-  const left = shown && shown.id, id = match && decodeURIComponent(match[1]);
+  const wanted = new URLSearchParams(query), left = shown && shown.id;
+  const id = !path.startsWith("/jobs/") ? null    // decodeURIComponent may throw
+    : new URLSearchParams(`id=${path.slice(6)}`).get("id");
   const run = Number(wanted.get("run")) || null;
   if (id !== left) unfollow();
-  if (!match) {
+  if (id === null) {
     shown = null;
     applyFilter(filterOf(name => wanted.get(name)));
   } else if (id !== left) {
     shown = { id, run, job: null };
-    buildJobPage();
-  } else {
-    shown.run = run;
-    if (shown.job) { showJob(); readOutput(); }
-  }
+    setText($("#job h1"), id);
+    for (const node of $$("#job .found, #no-job")) node.hidden = true;
+    $("#back").href = boardPath(filter);
+  } else shown.run = run;
   $("#logged-out").hidden = true;
   $("#board").hidden = Boolean(shown);
   $("#job").hidden = !shown;
@@ -9642,98 +9480,58 @@ function route(event) {
   } else if (event && id !== left) {
     const links = [...$$("#jobs .c-id a"), ...$$("#board .brief > a")];
     (links.find(link => link.hash === jobPath(left)) || $("#health h1")).focus();
-    showCharts();
   }
   showTitle(); refreshAll(true);
-}
-
-function stored(key, value) {
-  try {
-    if (value === undefined) return localStorage.getItem(`queuectl-${key}`);
-    if (value === null) localStorage.removeItem(`queuectl-${key}`);
-    else localStorage.setItem(`queuectl-${key}`, value);
-  } catch { /* a browser may forbid it; then nothing is remembered */ }
-  return null;
-}
-
-const systemDark = matchMedia("(prefers-color-scheme: dark)");
-const systemTheme = () => systemDark.matches ? "dark" : "light";
-const root = document.documentElement;
-const theme = () => root.dataset.theme || systemTheme();
-
-function showTheme() {
-  const chosen = stored("theme");
-  if (chosen) root.dataset.theme = chosen;
-  else delete root.dataset.theme;
-  if ($("#theme")) setText($("#theme"), theme() === "dark" ? "Light" : "Dark");
-}
-
-function toggleTheme() {
-  const wanted = theme() === "dark" ? "light" : "dark";
-  stored("theme", wanted === systemTheme() ? null : wanted);
-  showTheme();
 }
 
 function onKey(event) {
   const isTyping = event.target.closest("input, textarea, select, dialog");
   if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey || isTyping ||
-      model.link === "out" || !$("#shortcut").checked) return;
+      model.link === "out") return;
   event.preventDefault();
   if (shown) location.hash = boardPath(filter);
   setTimeout(() => $("#filters [name=search]").focus());
 }
 
-function bind() {
-  const on = (kind, works) => Object.entries(works).forEach(([selector, work]) =>
-    $(selector).addEventListener(kind, work));
-  let typing = null;
-  on("click", {
-    "#theme": toggleTheme, "#reconnect": reconnect, "#pause-all": pauseAll,
-    "#retry-all": retryAll, "#newer": () => goToPage(false),
-    "#older": () => goToPage(true), "[data-close]": () => $("#enqueue").close(),
-    "#enqueue-open": () => {
-      showFormError($("#enqueue"), { message: "" });
-      $("#enqueue").showModal();
-    },
-    "#clear": () => {
-      location.hash = boardPath({});
-      $("#filters [name=search]").focus();
-    },
-    ".skip": event => { event.preventDefault(); $("#main").focus(); } });
-  on("submit", { "#enqueue form": submitJob,
-                 "#filters": event => event.preventDefault() });
-  on("input", { "#filters": () => {
-    clearTimeout(typing);
-    typing = setTimeout(filterFromForm, 250);
-  } });
-  on("change", { "#shortcut": event =>
-    stored("shortcut", event.target.checked ? null : "off") });
-  on("close", Object.fromEntries(["#enqueue", "#question"].map(dialog =>
-    [dialog, () => setTimeout(rescueFocus)])));
-  addEventListener("hashchange", route);
-  addEventListener("keydown", onKey);
-  addEventListener("online", reconnect);
-  new ResizeObserver(showCharts).observe($("#rates"));
-  document.addEventListener("visibilitychange", () =>
-    model.link === "out" && !document.hidden ? reconnect() : refreshAll(true));
-  systemDark.addEventListener("change", showTheme);
-}
-
-function start() {
-  showTheme(); buildForm(); bind();
-  $("#shortcut").checked = stored("shortcut") !== "off";
-  Object.keys(CHARTS).forEach(addSlider);
-  setInterval(tick, 1000);
-  setInterval(() => {
-    if (model.link === "live" && !document.hidden) refresh.history();
-    probe();
-  }, MINUTE / 4);
-  reconnect();
-}
-
-showTheme();
-document.addEventListener("DOMContentLoaded", start);
-})();
+const on = (kind, works) => Object.entries(works).forEach(([selector, work]) =>
+  $(selector).addEventListener(kind, work));
+let typing = null;
+on("click", {
+  "#reconnect": reconnect, "#pause-all": () => pause(null, isAllPaused()),
+  "#retry-all": retryAll, "#newer": () => goToPage(false), "#to-end": toEnd,
+  "#older": () => goToPage(true), "[data-close]": () => $("#enqueue").close(),
+  "#enqueue-open": () => {
+    showFormError($("#enqueue"), { message: "" });
+    $("#enqueue").showModal();
+  },
+  "#clear": () => {
+    location.hash = boardPath({});
+    $("#filters [name=search]").focus();
+  },
+  ".skip": event => { event.preventDefault(); $("#main").focus(); } });
+on("submit", { "#enqueue form": submitJob,
+               "#filters": event => event.preventDefault() });
+on("input", { "#filters": () => {
+  clearTimeout(typing);
+  typing = setTimeout(filterFromForm, 250);
+} });
+on("scroll", { "#output": noteScroll });
+for (const dialog of $$("dialog"))
+  dialog.addEventListener("close", () => setTimeout(rescueFocus));
+addEventListener("hashchange", route);
+addEventListener("keydown", onKey);
+addEventListener("online", reconnect);
+// A hidden page frees its connection: browsers allow six to a host.
+document.addEventListener("visibilitychange", () =>
+  document.hidden ? disconnect() : reconnect());
+Object.keys(CHARTS).forEach(bindSlider);
+setInterval(tick, 1000);
+setInterval(() => {
+  if (model.link !== "live" || document.hidden) return;
+  refresh.history();
+  probe();
+}, 15000);
+reconnect();
 </script>
 </head>
 <body>
@@ -9746,7 +9544,6 @@ document.addEventListener("DOMContentLoaded", start);
   <span class="path mono cut" id="database"></span>
   <span class="state pending" id="live"><i class="mark"></i>
     <span>Connecting</span></span>
-  <button type="button" id="theme">Dark</button>
   <button type="button" id="enqueue-open" class="primary changes"
    hidden>Enqueue</button>
 </header>
@@ -9767,17 +9564,16 @@ document.addEventListener("DOMContentLoaded", start);
       the queue</span></h1><p class="quiet"></p></div>
     <nav class="panel counts" id="counts" aria-label="Jobs by state"></nav>
     <div class="pair">
-      <figure class="panel chart" id="rates" aria-labelledby="rates-title">
-        <header><h2 id="rates-title">Jobs per minute</h2>
-          <div class="legend"></div></header><div class="plot"></div>
-        <details class="figures"><summary>As a table</summary>
-          <div tabindex="0" role="region" aria-labelledby="rates-title"></div></details>
+      <figure class="panel chart" id="rates">
+        <header><h2>Jobs per minute</h2><div class="legend"></div></header>
+        <div class="plot"><svg aria-hidden="true"></svg><input type="range" min="0"
+          max="59" value="59" aria-label="Minute to read, jobs per minute"></div>
       </figure>
-      <figure class="panel chart" id="times" aria-labelledby="times-title">
-        <header><h2 id="times-title">Waiting and run time</h2>
-          <div class="legend"></div></header><div class="plot"></div>
-        <details class="figures"><summary>As a table</summary>
-          <div tabindex="0" role="region" aria-labelledby="times-title"></div></details>
+      <figure class="panel chart" id="times">
+        <header><h2>Waiting and run time, p50 to p95</h2><div class="legend"></div>
+          </header>
+        <div class="plot"><svg aria-hidden="true"></svg><input type="range" min="0"
+          max="59" value="59" aria-label="Minute to read, waiting and run time"></div>
       </figure>
     </div>
     <div class="pair">
@@ -9847,12 +9643,38 @@ document.addEventListener("DOMContentLoaded", start);
     </section>
   </div>
 
-  <article id="job" hidden></article>
+  <article id="job" hidden>
+    <a class="quiet" id="back">&larr; All jobs</a>
+    <div class="title"><h1 tabindex="-1"></h1><span class="found" id="job-state"></span>
+      <div class="actions found"></div></div>
+    <p id="no-job">There is no such job.</p>
+    <div class="split found">
+      <div class="stack">
+        <pre class="command"></pre>
+        <div class="panel why" id="job-why"></div>
+        <section class="panel" aria-labelledby="runs-title">
+          <header><h2 id="runs-title">Runs</h2></header>
+          <table id="runs"><thead><tr><th scope="col">Run</th><th scope="col">Outcome
+            </th><th scope="col" class="number">Exit</th><th scope="col" class="number">
+            Took</th><th scope="col" class="number">Started</th><th scope="col"
+            class="wide">Worker</th></tr></thead><tbody></tbody></table>
+          <p class="none">It has not run yet.</p></section>
+        <div class="panel">
+          <header><h2 id="output-title">Output</h2>
+            <span class="quiet small" id="output-note"></span>
+            <button type="button" class="plain" id="to-end">Go to the end</button>
+            </header>
+          <pre class="output" id="output" tabindex="0" role="region"
+           aria-labelledby="output-title"></pre></div>
+      </div>
+      <section class="panel" aria-labelledby="fields-title">
+        <header><h2 id="fields-title">Details</h2></header>
+        <dl class="fields"></dl></section>
+    </div>
+  </article>
 </main>
 <footer>
   <span id="version"></span>
-  <label><input type="checkbox" id="shortcut" checked>the key / goes to the search
-    </label>
   <a href="/metrics">Metrics</a><a href="/api/openapi.json">API</a>
 </footer>
 
@@ -10081,7 +9903,9 @@ def _jobs_reply(jobs: Sequence[Job], status: int = 200) -> Reply:
 def get_session(queue: Queue, request: Request) -> dict[str, Any]:
     return {"role": request.role, "version": __version__, "database": queue.path,
             "actions": {state: [verb for verb in ("retry", "cancel", "delete")
-                                if state in STATES_FOR[verb]] for state in STATES}}
+                                if state in STATES_FOR[verb]] for state in STATES},
+            "fields": [{"name": one.name, "help": one.help, "schema": one.kind.input}
+                       for one in FIELDS.values() if "e" in one.uses]}
 
 
 def get_jobs(queue: Queue, request: Request) -> dict[str, Any]:
@@ -10191,7 +10015,9 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "Session": object_schema({"role": {"type": "string", "enum": list(ROLES)},
                               "version": _TEXT, "database": _TEXT,
                               "actions": object_schema(dict.fromkeys(
-                                  STATES, array_schema(_TEXT)))}),
+                                  STATES, array_schema(_TEXT))),
+                              "fields": array_schema(object_schema({
+                                  "name": _TEXT, "help": _TEXT, "schema": {}}))}),
     "History": object_schema({"minutes": array_schema(
         object_schema(SHAPES["Minute"]))}),
     "Page": object_schema({
@@ -10670,7 +10496,7 @@ def page_policy(page: str) -> str:
     import hashlib
     style, script = ("'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest(
         )).decode() + "'" for tag in ("style", "script")
-        for text in re.findall(f"<{tag}>(.*?)</{tag}>", page, re.S))
+        for text in re.findall(f"<{tag}[^>]*>(.*?)</{tag}>", page, re.S))
     return (f"default-src 'none'; style-src {style}; script-src {script}; "
             "connect-src 'self'; img-src 'self' data:; base-uri 'none'; "
             "form-action 'none'; frame-ancestors 'none'")

@@ -8160,7 +8160,7 @@ class Browser(Processes):
         self.touch("go")
         self.see_text("#output", "last")
         self.assertEqual(self.page("return output.scrollTop"), 0)
-        self.click("#to-end button")
+        self.click("#to-end")
         self.assertGreater(self.page("return output.scrollTop"), 0)
         self.visit(base + "#/jobs/job-1")
         self.see_text("#job", "completed")
@@ -8198,8 +8198,10 @@ class Browser(Processes):
         self.visit(base + "#/jobs/job-2")
         self.see_text("#output", evil)
         self.see_text("#job-why", f"exit status 3: {evil}")
-        self.visit(base + "#/jobs/%3Cimg%20src%3Dx%20onerror%3Dalert(1)%3E")
-        self.see_text("#job h1", evil)
+        for address, shown in (("%3Cimg%20src%3Dx%20onerror%3Dalert(1)%3E", evil), ("%", "%")):
+            self.visit(base + "#/jobs/" + address)
+            self.see_text("#job h1", shown)
+            self.see_text("#no-job", "There is no such job.")
         self.assertEqual(self.page("return document.images.length"), 0)
         self.complaints = ["404"]
 
@@ -8218,9 +8220,13 @@ class Browser(Processes):
         self.see_text("#enqueue [role=alert]", "delay")
         self.assert_focus("f-delay")
         self.complaints = ["400"]
+        self.page("document.querySelector('#enqueue details').open = true")
+        self.type_into("#f-env", "A=b=c\n\n D =")
+        self.click("#f-held")
         self.type_into("#f-delay", "2h")
         self.chromium.press(ENTER)
-        self.see_row("job-2", "echo hi", "night", "due in")
+        self.see_row("job-2", "echo hi", "night", "held")
+        self.assertEqual(self.job("job-2").env, {"A": "b=c", "D": ""})
         self.see_text("#answers", "job-2 is enqueued.")
         self.assert_focus("enqueue-open")
 
@@ -8272,24 +8278,14 @@ class Browser(Processes):
         self.visit(self.url.replace(TOKEN, READ_TOKEN))
         self.see_row("job-1", "pending")
         self.see_text("#read-only", "Read only")
-        self.assertEqual(self.text_of("button"), ["Dark", "Newer", "Older"])
+        self.assertEqual(self.text_of("button"), ["Newer", "Older"])
 
-    def test_dark_and_light_as_the_system_or_as_chosen(self):
-        base = self.log_in()
-        colours = []
-
-        def assert_colour(number):
-            colours.append(self.page("return getComputedStyle(document.body).backgroundColor"))
-            self.assertEqual(colours.index(colours[-1]), number)
-        assert_colour(0)
+    def test_dark_and_light_as_the_system(self):
+        self.log_in()
+        colour = "return getComputedStyle(document.body).backgroundColor"
+        light = self.page(colour)
         self.chromium.show_as(scheme="dark")
-        assert_colour(1)
-        self.click("#theme", "Light")
-        assert_colour(0)
-        self.visit(base)
-        assert_colour(0)
-        self.click("#theme", "Dark")
-        assert_colour(1)
+        self.assertNotEqual(self.page(colour), light)
 
     def test_a_narrow_screen_never_scrolls_sideways(self):
         self.add("echo " + "x" * 300, tags=["a-rather-long-tag"])
@@ -8317,8 +8313,6 @@ class Browser(Processes):
         self.see_text("#rates .legend", "completed 0")
         self.assertIn("completed 0", self.page(
             "return document.querySelector('#rates input').ariaValueText"))
-        self.click("#rates summary")
-        self.see("return document.querySelectorAll('#rates tbody tr').length === 60")
 
     @unittest.skipUnless(os.path.exists(AXE), "axe-core is not there (QUEUECTL_AXE)")
     def test_axe_finds_no_fault(self):
@@ -8333,8 +8327,8 @@ class Browser(Processes):
         base = self.log_in()
         for look in ({}, {"scheme": "dark"}, {"width": 360}):
             self.chromium.show_as(**look)
-            for page, landmark in (("", "#jobs tbody tr"), ("#/jobs/job-1", "#runs table"),
-                                   ("#/jobs/job-3", "#runs table")):
+            for page, landmark in (("", "#jobs tbody tr"), ("#/jobs/job-1", "#runs"),
+                                   ("#/jobs/job-3", "#runs")):
                 self.visit(base + page)
                 self.see("return document.querySelector(arguments[0])?.checkVisibility()", landmark)
                 self.assert_accessible(page=page, **look)
