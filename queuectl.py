@@ -150,9 +150,8 @@ __all__ = ["Job", "Queue", "QueueError", "Run", "main"]
 
 
 # ---- 1 Words -----------------------------------------------------------------
-# Guards in SQL, CHECKs of the schema and choices of flags are generated from these
-# tables. A new value of STATES, WAITS or OUTCOMES needs a migration that rebuilds a
-# table.
+# Guards and CHECKs in SQL and choices of flags are generated from these tables. A new
+# value of STATES, WAITS or OUTCOMES needs a migration that rebuilds a table.
 
 PENDING, PROCESSING, COMPLETED, FAILED, DEAD, CANCELLED = STATES = (
     "pending", "processing", "completed", "failed", "dead", "cancelled")
@@ -214,8 +213,7 @@ EX_TIMEOUT = 124      # as timeout(1)
 EX_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 WORKER_PATIENCE = 2.0  # seconds a worker waits for the write lock before it logs it
-# SQLite's busy handler sleeps longer each time: one of 8 workers waited 5.1 s for a
-# claim. With a retry each millisecond it is 0.8 s at most.
+# With SQLite's busy handler one of 8 workers waited 5.1 s for a claim, with this 0.8 s.
 BUSY_PAUSE = 0.001     # seconds between two attempts to lock the database
 FALLBACK_POLL = 1.0    # seconds between polls: a notification may be lost
 RESCUE_TICK = 0.02     # seconds between two checks of processes that are being killed
@@ -314,10 +312,7 @@ MILLISECOND = datetime.timedelta(milliseconds=1)
 
 @functools.lru_cache(maxsize=16)    # a tick formats its time many times
 def iso(moment: float) -> str:
-    """The moment (epoch seconds) as stored: UTC, whole milliseconds, rounded down.
-
-    OverflowError outside of the years 1 to 9999.
-    """
+    """Epoch seconds as stored: UTC, whole milliseconds, rounded down; OverflowError."""
     # 1e-3 outweighs a float's rounding error. fromtimestamp() may end in 2038.
     stamp = EPOCH + math.floor(moment * 1000 + 1e-3) * MILLISECOND
     return stamp.isoformat(timespec="milliseconds") + "Z"
@@ -521,9 +516,7 @@ def counted(n: int, noun: str, plural: str = "") -> str:
 
 
 def is_text(value: object) -> bool:
-    """Return True for a string without NUL and lone surrogates: JSON allows them, but
-    UTF-8, SQLite and command lines do not.
-    """
+    """Return True for a string without NUL and lone surrogates, which JSON allows."""
     return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
 
 
@@ -532,8 +525,7 @@ def is_text(value: object) -> bool:
 # are read by position, so a new column comes last.
 
 class Job(NamedTuple):
-    """One row of `jobs`, in column order. For a new field see README, "To change it".
-    """
+    """One row of `jobs`. For a new field see README, "To change it"."""
     seq: int = 0                # order of enqueueing; the N of job-N
     id: str = ""
     command: str = ""
@@ -857,8 +849,8 @@ def backoff(failures: int, base: float, settings: Settings, chance: float) -> fl
 
 def rank_of(priority: int, run_at: str, settings: Settings) -> int:
     """A waiting job's rank, lower first: by priority, or with ageing by the due time
-    minus priority-ageing for each unit of priority. All jobs age equally, so ranks do
-    not change and can be stored.
+    minus priority-ageing for each unit of priority. All jobs age equally, so it is
+    stored.
     """
     if settings.priority_ageing is None:
         return -priority
@@ -911,15 +903,13 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
 
 
 def since_set_back(run_at: str, asked: float, now: float) -> str:
-    """The end of a delay, requested at `asked` and stored at `now`, minus any step back
-    of the clock in between.
-    """
+    """The end of a delay minus any step back of the clock since it was requested."""
     return iso_up(epoch(run_at) - max(0.0, asked - now))
 
 
 def brought_forward(job: Job, now: float) -> Job:
-    """The job with its delay restarted if it began in the future, as the clock was set
-    back since. An absolute time (`at_time`) stays.
+    """The job with its delay restarted if it began in the future: the clock was set
+    back.
     """
     began = epoch(job.updated_at)
     if job.at_time or began <= now + CLOCK_NOISE:
@@ -984,10 +974,8 @@ class Heartbeats:
 
     def look(self, counts: Mapping[int, int], now: float,
              settings: Settings) -> dict[int, float]:
-        """Seconds without a heartbeat by worker; `now` is monotonic.
-
-        A long gap between two calls does not count: this process was suspended or
-        waited for the lock.
+        """Seconds without a heartbeat by worker; `now` is monotonic. A long gap between
+        two calls does not count: this process was suspended or waited for the lock.
         """
         step, self._last = now - self._last, now
         if step > max(2 * settings.heartbeat, settings.lease / 2):
@@ -1000,10 +988,8 @@ class Heartbeats:
 
 
 class Output:
-    """A command's output: its beginning and its end, each half of `limit` bytes.
-
-    The end is cut only beyond twice its size and READ_SIZE, so each byte moves at most
-    once, however small the pieces.
+    """A command's output: its beginning and its end, each half of `limit` bytes. The
+    end is cut only beyond twice its size and READ_SIZE: each byte moves at most once.
     """
 
     def __init__(self, limit: int) -> None:
@@ -1020,7 +1006,6 @@ class Output:
             del self._tail[:len(self._tail) - self._tail_size]
 
     def kept(self) -> bytes:
-        """Beginning and end; exactly `limit` bytes if any were omitted."""
         end = bytes(self._tail[-self._tail_size:]) if self._tail_size else b""
         return bytes(self._head) + end
 
@@ -1074,10 +1059,9 @@ def percentile(buckets: Mapping[int, int], share: float) -> float | None:
 
 
 def summary(rows: Iterable[tuple[str, int, int, float]]) -> Summary:
-    """The sum of tallies (kind, bucket, n, total).
-
-    The kinds are `enqueue`, `delete`, those of TALLIED, `run:OUTCOME`; and `run_time`
-    and `wait_time`, which alone have buckets and a total in seconds.
+    """The sum of tallies (kind, bucket, n, total). The kinds are `enqueue`, `delete`,
+    those of TALLIED, `run:OUTCOME`; and `run_time` and `wait_time`, which alone have
+    buckets and a total in seconds.
     """
     counts: dict[str, int] = {}
     buckets: dict[str, dict[int, int]] = {"run_time": {}, "wait_time": {}}
@@ -1104,16 +1088,14 @@ METRIC_BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 
 
 
 def cumulated(buckets: Mapping[int, int]) -> list[int]:
-    """The `le` buckets of a Prometheus histogram: the number of values up to each of
-    METRIC_BOUNDS, and of all.
-    """
+    """The `le` buckets of a Prometheus histogram; the last one counts all values."""
     # BOUNDS are products of floats, which may differ a little from literals.
     return [sum(n for bucket, n in buckets.items() if BOUNDS[bucket] <= 1.001 * bound)
             for bound in (*METRIC_BOUNDS, math.inf)]
 
 
 # ---- 4 Cron ------------------------------------------------------------------
-# The times of a schedule, as in Debian's cron. Pure, except for the local time zone.
+# The times of a schedule, as in Debian's cron.
 
 # Field, lowest and highest value, names (counted from the lowest).
 CRON_FIELDS: tuple[tuple[str, int, int, tuple[str, ...]], ...] = (
@@ -1224,10 +1206,8 @@ def _utc_offset(moment: int, zone: datetime.tzinfo | None) -> int:
 
 def _stretches(start: int, end: int,
                zone: datetime.tzinfo | None) -> Iterator[tuple[int, int, int]]:
-    """Start, end (excluded) and offset of each period of constant offset.
-
-    A zone does not tell when its offset changes: the offsets of moments a DAY apart are
-    compared, and bisection finds the change between two that differ.
+    """Start, end (excluded) and offset of each period of constant offset. A zone does
+    not tell when it changes: this compares moments a DAY apart, and bisects.
     """
     offset = _utc_offset(start, zone)
     for low in range(start, end, DAY):
@@ -1274,8 +1254,8 @@ def _runs(cron: Cron, after: int, until: int,
 
 def first_run(cron: Cron, after: float, zone: datetime.tzinfo | None = None,
               start: float = 0.0) -> float:
-    """The first run after a moment, in epoch seconds; math.inf if there is none, as for
-    an interval in an hour that the zone always skips. `@every` counts from `start`.
+    """The first run after a moment; math.inf if there is none, as in an hour that the
+    zone always skips. `@every` counts from `start`.
     """
     if cron.every is not None:
         return start + cron.every * (1 + (after - start) // cron.every)
@@ -1324,10 +1304,9 @@ def zone_of(name: str | None) -> datetime.tzinfo | None:
 
 
 def local_zone(now: float) -> str | None:
-    """The IANA name of the process's time zone; None if it has none.
-
-    The name of a file counts only if the offsets agree now and in half a year: a
-    container may mount the host's zone over one of another name.
+    """The IANA name of the process's time zone, or None. That of a file counts only if
+    the offsets agree now and in half a year: a container may mount the host's zone over
+    one of another name.
     """
     path = os.environ.get("TZ", "/etc/localtime").lstrip(":") or "UTC"
     is_file = path.startswith("/")
@@ -1347,9 +1326,7 @@ def local_zone(now: float) -> str | None:
 
 
 def split_zone(cron: str, tz: str | None, now: float) -> tuple[str, str | None]:
-    """A cron line without its `CRON_TZ=ZONE`, and its zone: that one, `tz`, or the
-    local zone. Invalid for an unknown zone, or for two.
-    """
+    """A cron line without its `CRON_TZ=ZONE`, and its zone; Invalid."""
     match = re.fullmatch(r"\s*(?:CRON_)?TZ=(\S+)\s+(.*)", cron, re.S)
     if match and tz not in (None, match[1]):
         raise Invalid(f"two time zones are given: {match[1]} and {tz}", "give one")
@@ -1359,7 +1336,6 @@ def split_zone(cron: str, tz: str | None, now: float) -> tuple[str, str | None]:
 
 
 def runs_of(schedule: Schedule, after: float) -> Iterator[float]:
-    """The runs of a schedule after a moment, in epoch seconds; Invalid."""
     cron, zone = parse_cron(schedule.cron), zone_of(schedule.tz)
     start = epoch(schedule.created_at) if cron.every is not None else 0.0
     while (after := first_run(cron, after, zone, start)) < math.inf:
@@ -1396,18 +1372,15 @@ def word_bytes(word: str) -> bytes:
 
 
 def shell_word(word: bytes) -> str:
-    r"""A word that a POSIX shell expands to exactly these bytes.
-
-        b"a b" -> 'a b';  b"caf\351" -> "$(printf 'caf\351')"
-    """
+    """A word that a POSIX shell expands to exactly these bytes."""
     import shlex  # 1 ms
     with contextlib.suppress(UnicodeDecodeError):
         return shlex.quote(word.decode())
     if word.endswith(b"\n"):    # $(...) strips it
         raise Invalid(f"{word!a} is not UTF-8 and ends with a newline",
                       "rename the file: a command cannot hold such a name", "command")
-    plain = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./ "
-    printed = "".join(chr(byte) if byte in plain else f"\\{byte:03o}" for byte in word)
+    printed = re.sub(r"[^A-Za-z0-9_./ ]", lambda byte: f"\\{ord(byte[0]):03o}",
+                     word.decode("latin-1"))
     return f"\"$(printf '{printed}')\""
 
 
@@ -1435,8 +1408,7 @@ def _names(value: Any, now: float = 0.0) -> tuple[str, ...]:
 
 def _key(value: Any, now: float) -> str:
     if not is_text(value) or not 1 <= len(value) <= MAX_KEY:
-        raise Invalid(f"{str(value)[:80]!r} is not a key",
-                      f"use text of 1 to {MAX_KEY:,} characters")
+        raise Invalid(f"{str(value)[:80]!r} is not text of 1 to {MAX_KEY:,} characters")
     return str(value)
 
 
@@ -1475,8 +1447,7 @@ def _flag(value: Any, now: float) -> bool:
 
 def _search(text: str, now: float) -> str:
     if not is_text(text) or len(text) > MAX_SEARCH:
-        raise Invalid("the search text is invalid",
-                      f"use at most {MAX_SEARCH} characters, without NUL")
+        raise Invalid(f"a search text has at most {MAX_SEARCH} characters, no NUL")
     return text
 
 
@@ -1531,9 +1502,7 @@ def _timeless(parse: Callable[[Any], Any]) -> Callable[[Any, float], Any]:
 def _whole(least: int, output: dict[str, Any], most: int = MAX_WHOLE) -> Kind:
     def parse(value: Any, now: float) -> int:
         # JSON has one kind of number, so 5.0 is the whole number 5.
-        is_whole = value.is_integer() if isinstance(value, float) \
-            else isinstance(value, int) and not isinstance(value, bool)
-        if not is_whole or not least <= value <= most:
+        if type(value) not in (int, float) or value % 1 or not least <= value <= most:
             raise Invalid(f"{value!r} is not a whole number from {least} to {most}")
         return int(value)
     return Kind(parse, {"type": ["integer", "null"], "minimum": least,
@@ -1757,9 +1726,7 @@ def field_value(field: Field, value: Any, now: float = 0.0) -> Any:
 
 def checked(fields: Mapping[str, Any], now: float, use: str = "e") -> dict[str, Any]:
     """The columns that the keys of a job object set; Invalid names the key at fault.
-
-    `use` is "e" for a new job, "u" for an edit. Null means the default; an edit
-    refuses it.
+    `use` is "e" for a new job, "u" for an edit, which refuses null (the default).
     """
     if not isinstance(fields, dict):
         raise Invalid("a job is a JSON object", 'it looks like {"command": "echo hi"}',
@@ -1855,11 +1822,10 @@ _MARK = re.compile(rb"\{#?\}")
 
 
 class Lines:
-    """Makes job objects of lines, or of items that end with NUL.
-
-    With `words` each line is an item of a template: it replaces `{}`, its number `{#}`.
-    It is always one argument, by default the last. `fields` are those of each job; the
-    values of variables in `copied` stay as they are.
+    """Makes job objects of lines, or of items that end with NUL. With `words` each line
+    is an item of a template: it replaces `{}`, its number `{#}`. It is always one
+    argument, by default the last. `fields` are those of each job; the values of
+    variables in `copied` stay as they are.
     """
 
     def __init__(self, null: bool = False, words: Sequence[bytes] = (),
