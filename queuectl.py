@@ -6590,15 +6590,6 @@ def exit_words(status: int) -> str:
     return f"killed by {names.get(-status, f'signal {-status}')}"
 
 
-class OutputFile:
-    """A file for the whole output of a run."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path.encode()
-        self.omitted = 0        # bytes not given to the thread; counted by the loop
-        self.lost = 0           # bytes that could not be written; by the thread
-
-
 class Archive:
     """Writes files in `output-dir` by a daemon thread, which the first file starts.
 
@@ -6616,11 +6607,11 @@ class Archive:
     def __init__(self, tell: Callable[[str], None]) -> None:
         self._tell = tell
         self._failed, self._told = dict[str, float](), dict[str, float]()   # monotonic
-        self._omitting, self._losing = set[OutputFile](), set[OutputFile]()
-        self._queue: Any = None     # a SimpleQueue of files and pieces
+        self._queue: Any = None     # a SimpleQueue of paths and pieces
         self._directory = ""        # of the newest file
-        # Bytes; the loop writes the one, the thread the other.
+        # Bytes; the loop writes the first of each pair, the thread the second.
         self._given = self._written = 0
+        self._omitted, self._lost = dict[bytes, int](), dict[bytes, int]()  # by path
         self._moved_at = 0.0    # monotonic: the last write, or the first after a rest
 
     def add(self, directory: str, job: Job) -> Callable[[bytes], None]:
@@ -6633,30 +6624,31 @@ class Archive:
             self._queue = queue.SimpleQueue()
             threading.Thread(target=self._work, daemon=True).start()
         append = functools.partial(
-            self._append, OutputFile(output_file(directory, job.id, job.runs)))
+            self._append, output_file(directory, job.id, job.runs).encode())
         append(b"")
         return append
 
-    def _append(self, file: OutputFile, piece: bytes) -> None:
+    def _append(self, path: bytes, piece: bytes) -> None:
         if self._waiting() > self.ROOM and not self.is_behind():
-            file.omitted += len(piece)
-            if len(self._omitting) < self.SHORT:
-                self._omitting.add(file)
-            return
-        self._note_omitted()
-        self._put(file, piece)
+            self._count(self._omitted, path, len(piece))
+        else:
+            self._note_omitted()
+            self._put(path, piece)
+
+    def _count(self, missing: dict[bytes, int], path: bytes, size: int) -> None:
+        if path in missing or len(missing) < self.SHORT:
+            missing[path] = missing.get(path, 0) + size
 
     def _note_omitted(self) -> None:
-        while self._omitting:
-            file = self._omitting.pop()
-            self._put(file, left_out(file.omitted))
-            file.omitted = 0
+        while self._omitted:
+            path, size = self._omitted.popitem()
+            self._put(path, left_out(size))
 
-    def _put(self, file: OutputFile, piece: bytes) -> None:
+    def _put(self, path: bytes, piece: bytes) -> None:
         if not self._waiting():
             self._moved_at = time.monotonic()
         self._given += len(piece) + self.COST
-        self._queue.put((file, piece))
+        self._queue.put((path, piece))
 
     def _waiting(self) -> int:
         return self._given - self._written
@@ -6688,13 +6680,13 @@ class Archive:
 
     def _work(self) -> None:
         while True:
-            file, piece = self._queue.get()
-            batch = {file: [piece]}
+            path, piece = self._queue.get()
+            batch = {path: [piece]}
             while not self._queue.empty():
-                file, piece = self._queue.get()
-                batch.setdefault(file, []).append(piece)
-            for file, pieces in batch.items():
-                self._write(file, memoryview(b"".join(pieces)))
+                path, piece = self._queue.get()
+                batch.setdefault(path, []).append(piece)
+            for path, pieces in batch.items():
+                self._write(path, memoryview(b"".join(pieces)))
                 self._written += sum(map(len, pieces)) + self.COST * len(pieces)
                 self._moved_at = time.monotonic()
             self._note_lost()
@@ -6703,31 +6695,29 @@ class Archive:
 
     def _note_lost(self) -> None:
         """Try again to note what was lost, up to the first failure."""
-        while self._losing:
-            file = self._losing.pop()
-            self._write(file, memoryview(b""))
-            if file.lost:
+        for path in list(self._lost):
+            self._write(path, memoryview(b""))
+            if path in self._lost:
                 return
 
-    def _write(self, file: OutputFile, rest: memoryview) -> None:
+    def _write(self, path: bytes, rest: memoryview) -> None:
         fd, flags = -1, (os.O_WRONLY | os.O_CREAT | os.O_APPEND
                          | os.O_NONBLOCK | os.O_NOFOLLOW)
         try:
             with contextlib.suppress(FileNotFoundError):
-                fd = os.open(file.path, flags, 0o600)
+                fd = os.open(path, flags, 0o600)
             if fd < 0:
-                os.makedirs(os.path.dirname(file.path), 0o700, exist_ok=True)
-                fd = os.open(file.path, flags, 0o600)
-            if file.lost:
-                os.write(fd, left_out(file.lost))
-                file.lost = 0
+                os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+                fd = os.open(path, flags, 0o600)
+            if path in self._lost:
+                os.write(fd, left_out(self._lost[path]))
+                del self._lost[path]
             while rest:
                 rest = rest[os.write(fd, rest[:READ_SIZE]):]
                 self._moved_at = time.monotonic()
         except OSError as error:
-            file.lost += len(rest)
-            if file.lost and len(self._losing) < self.SHORT:
-                self._losing.add(file)
+            if rest:
+                self._count(self._lost, path, len(rest))
             self._fail(error.strerror or str(error))
         finally:
             if fd >= 0:

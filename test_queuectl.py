@@ -4255,14 +4255,17 @@ class Workers(Case):
                       [one.message for one in queuectl.Inspection(self.queue).findings()])
 
     def test_output_that_could_not_be_written_is_counted_in_the_file(self):
-        archive, file = queuectl.Archive(self.said.append), queuectl.OutputFile("/dev/full")
-        archive._write(file, memoryview(b"12345"))
-        other = queuectl.OutputFile(file.path.decode())
-        archive._write(other, memoryview(b"its end"))
-        archive._note_lost()
-        file.path, other.path = (self.path_of(name).encode() for name in ("file", "other"))
-        archive._write(file, memoryview(b"6"))
-        archive._write(file, memoryview(b"7"))
+        archive = queuectl.Archive(self.said.append)
+        file, other = (os.fsencode(self.path_of(name)) for name in ("file", "other"))
+        for path in (file, other):
+            os.symlink("/dev/full", path)
+        with mock.patch.object(os, "O_NOFOLLOW", 0):
+            for path, text in ((file, b"12345"), (other, b"its end")):
+                archive._write(path, memoryview(text))
+            archive._note_lost()
+        os.remove(file), os.remove(other)
+        for text in (b"6", b"7"):
+            archive._write(file, memoryview(text))
         archive._note_lost()
         self.assertEqual(self.read("file"), "\n[... 5 bytes left out ...]\n67")
         self.assertEqual(self.read("other"), "\n[... 7 bytes left out ...]\n")
