@@ -6135,17 +6135,19 @@ def when_cell(job: Job, now: float) -> str:
     return ago(job.run_at if job.state in WAITING else job.finished_at, now)
 
 
-def grid(rows: Sequence[Sequence[str]], style: Style, spare: Sequence[str] = (
-        "ZONE", "CRASHES", "PRIO", "LIMIT", "COMPLETED", "CANCELLED", "SKIPPED", "TAGS",
-        "QUEUE", "LAST", "TRIES")) -> list[str]:
-    """Return rows of equal length as aligned columns; the first row is the head.
+def grid(rows: Sequence[Mapping[str, str]], style: Style,
+         default: Mapping[str, str] = {}, spare: Sequence[str] = (
+             "ZONE", "CRASHES", "PRIO", "LIMIT", "COMPLETED", "CANCELLED", "SKIPPED",
+             "TAGS", "QUEUE", "LAST", "TRIES")) -> list[str]:
+    """Return rows as aligned columns, without those of which all cells are `default`.
 
     In a narrow window the last column (a command) is cut at its end, then the first
     (a name) in its middle, then `spare` columns are left out, then all are cut.
     """
-    table = {column[0]: column for column in zip(*rows)}
+    table = {head: [head, *(row[head] for row in rows)] for head in rows[0]
+             if any(row[head] != default.get(head) for row in rows)}
     widths = {head: max(map(columns, column)) for head, column in table.items()}
-    first, last = rows[0][0], rows[0][-1]
+    first, last = next(iter(table)), next(reversed(table))
     if style.width:
         least = {**widths, last: min(12, widths[last]), first: min(20, widths[first])}
 
@@ -6170,32 +6172,21 @@ def grid(rows: Sequence[Sequence[str]], style: Style, spare: Sequence[str] = (
 
 def job_table(jobs: Sequence[Job], style: Style,
               why: Mapping[str, str] | None = None) -> list[str]:
-    """Return a table with the columns that these jobs need. `why` says by id why each
-    job waits, and replaces the time.
-    """
-    paint, reasons = style.paint, why or {}
-    offered = (
-        #head        a job's cell                                      is it needed?
-        ("ID", lambda job: paint(job.id, BOLD), lambda job: True),
-        ("STATE", lambda job: paint(state_cell(job), STATE_COLOURS[job.state]),
-         lambda job: True),
-        ("QUEUE", lambda job: job.queue, lambda job: job.queue != DEFAULT_QUEUE),
-        ("PRIO", lambda job: str(job.priority), lambda job: job.priority != 0),
-        ("SLOTS", lambda job: str(job.slots), lambda job: job.slots > 1),
-        ("TRIES", lambda job: f"{job.attempts + (job.state == PROCESSING)}"
-                              f"/{max(1, job.max_retries)}",
-         lambda job: job.attempts > 1 or job.state in (FAILED, DEAD)),
-        ("CRASHES", lambda job: str(job.crashes), lambda job: job.crashes > 0),
-        ("TAGS", lambda job: ",".join(job.tags), lambda job: bool(job.tags)),
-        ("WHEN", lambda job: paint(when_cell(job, style.now), DIM),
-         lambda job: not reasons),
-        ("WHY", lambda job: cut(reasons.get(job.id, ""), 40),
-         lambda job: bool(reasons)),
-        ("COMMAND", lambda job: one_line(job.command), lambda job: True))
-    used = [(head, cell) for head, cell, is_needed in offered
-            if any(map(is_needed, jobs))]
-    return grid([[head for head, _ in used],
-                 *([cell(job) for _, cell in used] for job in jobs)], style)
+    """`why` says by id why each job waits, and replaces the time."""
+    paint = style.paint
+    is_tried = any(job.attempts > 1 or job.state in (FAILED, DEAD) for job in jobs)
+    return grid([{
+        "ID": paint(job.id, BOLD),
+        "STATE": paint(state_cell(job), STATE_COLOURS[job.state]),
+        "QUEUE": job.queue, "PRIO": str(job.priority), "SLOTS": str(job.slots),
+        "TRIES": f"{job.attempts + (job.state == PROCESSING)}/{max(1, job.max_retries)}"
+        if is_tried else "",
+        "CRASHES": str(job.crashes), "TAGS": ",".join(job.tags),
+        "WHEN": "" if why else paint(when_cell(job, style.now), DIM),
+        "WHY": cut(why.get(job.id, ""), 40) if why else "",
+        "COMMAND": one_line(job.command)} for job in jobs], style, {
+            "QUEUE": DEFAULT_QUEUE, "PRIO": "0", "SLOTS": "1", "TRIES": "",
+            "CRASHES": "0", "TAGS": "", "WHEN": "", "WHY": ""})
 
 
 def field_table(jobs: Sequence[Job], keys: Sequence[str], style: Style) -> list[str]:
@@ -6209,9 +6200,8 @@ def field_table(jobs: Sequence[Job], keys: Sequence[str], style: Style) -> list[
         if isinstance(value, tuple):
             return ",".join(value)
         return one_line(value if isinstance(value, str) else dumps(value, None))
-    return grid([[key.upper() for key in keys], *(
-        [cell(key, value) for key, value in job_object(job, keys).items()]
-        for job in jobs)], style, ())
+    return grid([{key.upper(): cell(key, getattr(job, key)) for key in keys}
+                 for job in jobs], style, spare=())
 
 
 def worker_line(worker: Worker, style: Style) -> str:
@@ -6272,24 +6262,22 @@ def status_lines(status: Status, style: Style) -> list[str]:
 def queue_lines(views: Sequence[QueueView], style: Style) -> list[str]:
     states = [state for state in STATES
               if any(view.counts[state] for view in views)] or [PENDING]
-    head = ["QUEUE", "LIMIT", *(state.upper() for state in states), "NOTE"]
-    return grid([head, *(
-        [view.name, str(view.limit or "-"),
-         *(str(view.counts[state]) for state in states),
-         "paused" if view.paused else ""] for view in views)], style)
+    return grid([{
+        "QUEUE": view.name, "LIMIT": str(view.limit or "-"),
+        **{state.upper(): str(view.counts[state]) for state in states},
+        "NOTE": "paused" if view.paused else ""} for view in views], style)
 
 
 def schedule_lines(schedules: Sequence[tuple[Schedule, Job | None]],
                    style: Style) -> list[str]:
-    skips = any(one.skipped for one, _ in schedules)
-    return grid([["NAME", "CRON", "ZONE", "NEXT", "LAST", *["SKIPPED"] * skips, "QUEUE",
-                  "COMMAND"], *(
-        [one.name, one.cron, one.tz or "local",
-         "paused" if one.paused else ago(one.next_run, style.now),
-         ago(one.last_run, style.now) + (
-             f" ({last.state if last else one.last_state})" if one.last_run else ""),
-         *[str(one.skipped)] * skips, str(one.job.get("queue", DEFAULT_QUEUE)),
-         one_line(str(one.job.get("command")))] for one, last in schedules)], style)
+    return grid([{
+        "NAME": one.name, "CRON": one.cron, "ZONE": one.tz or "local",
+        "NEXT": "paused" if one.paused else ago(one.next_run, style.now),
+        "LAST": ago(one.last_run, style.now) + (
+            f" ({last.state if last else one.last_state})" if one.last_run else ""),
+        "SKIPPED": str(one.skipped), "QUEUE": str(one.job.get("queue", DEFAULT_QUEUE)),
+        "COMMAND": one_line(str(one.job.get("command")))}
+        for one, last in schedules], style, {"SKIPPED": "0"})
 
 
 def when_lines(schedule: Schedule, now: float) -> list[str]:
@@ -6422,15 +6410,14 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
         f"{name:<13}{text}", 0 if name == "command" else style.width)]
     if not runs:
         return lines
-    table = grid([
-        ("RUN", "OUTCOME", "EXIT", "TOOK", "STARTED", "WORKER"), *(
-            (str(run.number), run.outcome or "running",
-             "-" if run.exit_code is None else str(run.exit_code),
-             "-" if run.duration is None else span(run.duration),
-             local_time(epoch(run.started_at), style.now),
-             "  ".join(filter(None, (run.worker, run.gpus and f"gpus {run.gpus}",
-                                     one_line(run.error or "")))))
-            for run in runs)], style._replace(width=0))     # errors are not cut
+    table = grid([{
+        "RUN": str(run.number), "OUTCOME": run.outcome or "running",
+        "EXIT": "-" if run.exit_code is None else str(run.exit_code),
+        "TOOK": "-" if run.duration is None else span(run.duration),
+        "STARTED": local_time(epoch(run.started_at), style.now),
+        "WORKER": "  ".join(filter(None, (run.worker, run.gpus and f"gpus {run.gpus}",
+                                          one_line(run.error or ""))))}
+        for run in runs], style._replace(width=0))      # errors are not cut
     return [*lines, "", *(part for line in table for part in fold(line, style.width))]
 
 

@@ -3846,8 +3846,8 @@ class Views(Case):
         self.assertGreater(last, 0.9)
 
     def test_columns_stand_in_line_whatever_the_width_of_letters(self):
-        rows = (("NAME", "N", "NOTE"), ("日本", "12", "x"), ("e\u0301te", "3", ""),
-                ("a", "4", "日本語" * 9))
+        rows = [dict(zip(("NAME", "N", "NOTE"), row)) for row in (
+            ("日本", "12", "x"), ("e\u0301te", "3", ""), ("a", "4", "日本語" * 9))]
         self.assertEqual(queuectl.grid(rows, self.PLAIN), [
             "NAME  N   NOTE", "日本  12  x", "e\u0301te   3", "a     4   " + "日本語" * 9])
         shown = queuectl.grid(rows, queuectl.Style(False, 25, NOON))
@@ -3855,9 +3855,9 @@ class Views(Case):
         self.assertLessEqual(queuectl.columns(shown[3]), 25)
 
     def test_a_narrow_window_cuts_commands_then_names_then_columns(self):
-        rows = [("ID", "STATE", "PRIO", "WHEN", "COMMAND"),
-                ("nightly-backup-of-all-disks", "\x1b[32mcompleted\x1b[0m", "5", "5m ago",
-                 "backup --all /home /srv /var"), ("job-2", "dead (3)", "0", "now", "exit 3")]
+        rows = [dict(zip(("ID", "STATE", "PRIO", "WHEN", "COMMAND"), row)) for row in (
+            ("nightly-backup-of-all-disks", "\x1b[32mcompleted\x1b[0m", "5", "5m ago",
+             "backup --all /home /srv /var"), ("job-2", "dead (3)", "0", "now", "exit 3"))]
         for width, wanted in (
                 (0, "nightly-backup-of-all-disks  completed  5     5m ago  backup --all /home /srv /var"),
                 (80, "nightly-backup-of-all-disks  completed  5     5m ago  backup --all /home /srv /…"),
