@@ -6782,7 +6782,8 @@ sys.exit(queuectl.main())""", "--db", self.path, "worker", "start", "--drain"])
         self.enqueue("echo hi", "--delay", "1s")
         self.listed_worker("--queue", "other")
         follower = self.running("logs", "-f", "job-1")
-        said = b"job-1 waits: no worker takes queue `default`\n"
+        said = b"job-1 waits: no worker takes queue `default`; `queuectl worker start " \
+            b"--queue default` starts one\n"
         self.assertEqual(follower.stderr.readline(), said)
         self.worker()
         out, err = follower.communicate(timeout=DEADLINE)
