@@ -10931,10 +10931,8 @@ def printed_url(site: Site, host: str, port: int) -> str:
 # message per line. One thread: calls that wait are polled while no message comes.
 
 MODERN = "2026-07-28"       # no handshake: each request names its version
-HANDSHAKES = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
-BATCHES = "2025-03-26"      # the only version that has them
+HANDSHAKES = ("2025-11-25", "2025-06-18")
 RESERVED = "io.modelcontextprotocol/"       # begins the protocol's keys of `_meta`
-TASKS = f"{RESERVED}tasks"  # an extension: an enqueued job is a task
 MAX_MESSAGE = 4 << 20       # bytes
 USUAL_PART, MAX_PART = 2048, 8192       # bytes of output in a result
 LISTED = 20                 # jobs in a list; at most MAX_PAGE
@@ -10944,8 +10942,8 @@ START_PAUSE = 5.0           # seconds after a worker was started in vain
 AGENT_TICK = 0.05           # seconds between two looks at jobs that are waited for
 GUIDE = ("Runs shell commands in the background; they outlive this session. `enqueue` "
          "returns an id at once; `wait` for several ids rather than poll `status`.")
-NOT_JSON, NOT_A_REQUEST, NO_METHOD, BAD_PARAMS, BUG, NO_CAPABILITY, BAD_VERSION = (
-    -32700, -32600, -32601, -32602, -32603, -32021, -32022)
+NOT_JSON, NOT_A_REQUEST, NO_METHOD, BAD_PARAMS, BUG, BAD_VERSION = (
+    -32700, -32600, -32601, -32602, -32603, -32022)
 
 
 class ProtocolError(Exception):
@@ -10956,7 +10954,7 @@ class Waiting(NamedTuple):
     """A call that is answered once these jobs have ended, or at a time (monotonic)."""
     job_ids: Sequence[str]
     until: float
-    tail: int
+    tail: int = 0
 
 
 class Tool(NamedTuple):
@@ -10980,49 +10978,37 @@ def tool_object(tool: Tool) -> dict[str, Any]:
                             "destructiveHint": tool.changes}}
 
 
+def tool_result(value: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    # The text is for clients that know no structured content.
+    return {"resultType": "complete", "structuredContent": value,
+            "content": [{"type": "text", "text": dumps(value)}], **more}
+
+
 def arguments(tool: Tool, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the checked arguments of a call; null counts as not given."""
+    """Return the arguments of a call, checked, but for fields of a job, which the queue
+    checks. Null counts as not given.
+    """
     fields, found = {field.name: field for field in tool.fields}, {}
     for name, value in given.items():
         if name not in fields:
             raise Invalid(f"unknown argument {name!r}", nearest(name, fields)
                           or "there are: " + ", ".join(fields))
-        if value is None:
-            continue
-        if FILTERS.get(name) is fields[name]:   # takes text, as in a flag
+        if FILTERS.get(name) is fields[name] and value is not None:
+            # As in a flag, it is text.
             value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         with at_place(name):
-            found[name] = fields[name].kind.parse(value, time.time())
+            if value is not None:
+                found[name] = value if fields[name].uses \
+                    else fields[name].kind.parse(value, time.time())
     for name in tool.required:
         if not found.get(name):
             raise Invalid(f"{name} is missing", "give it")
     return found
 
 
-def compact(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "replace").decode()
-
-
-def tool_result(value: Mapping[str, Any], is_error: bool = False) -> dict[str, Any]:
-    # The text is for clients that know no structured content.
-    return {"resultType": "complete", "structuredContent": value,
-            "content": [{"type": "text", "text": compact(value)}],
-            **({"isError": True} if is_error else {})}
-
-
-def tried(act: Callable[[], Any]) -> Any:
-    """Return the result of a tool, also of one that fails; Waiting and None as such."""
-    try:
-        value = act()
-    except QueueError as error:
-        return tool_result(error_object(error), True)
-    return tool_result(value) if isinstance(value, dict) else value
-
-
-def output_part(run: Run, start: int | None, limit: int) -> tuple[int, int, str]:
-    """Return a part of the output: its first byte (`start`; None: the last part), the
-    byte to continue with, and its text, which ends between characters.
+def output_object(job: Job, run: Run, start: int | None, limit: int) -> dict[str, Any]:
+    """Return a part of the output, from a byte on (None: the last part). The text ends
+    between characters; `next` is the byte to continue with.
     """
     kept, total, middle = run.output, run.output_bytes, len(run.output) // 2
     first = max(total - limit, 0) if start is None else min(start, total)
@@ -11035,13 +11021,8 @@ def output_part(run: Run, start: int | None, limit: int) -> tuple[int, int, str]
     text = decoder.decode(part, after == total and run.outcome is not None)
     if start is None and first:     # perhaps within a character
         text = text.lstrip("\ufffd")
-    return first, after - len(decoder.getstate()[0]), text
-
-
-def output_object(job: Job, run: Run, start: int | None, limit: int) -> dict[str, Any]:
-    first, after, text = output_part(run, start, limit)
     return {"id": job.id, "run": run.number, "state": job.state, "from": first,
-            "next": after, "output": text}
+            "next": after - len(decoder.getstate()[0]), "output": text}
 
 
 def output_tool(queue: Queue, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -11063,10 +11044,8 @@ class Agent:
         self._path, self._write, self._start = path, write, start
         self._tools = {tool.name: tool for tool in tools}
         self._queue: Queue | None = None        # opened when needed
-        self._version = ""                      # of the handshake
         self._start_at = 0.0                    # no worker is started before
-        # By request id, as JSON; the function sends the answer, for None none.
-        self.waits: dict[str, tuple[Waiting, Callable[[Any], None]]] = {}
+        self.waits: dict[str | int, Waiting] = {}       # by request id
 
     def queue(self, create: bool = False) -> Queue:
         """Return the queue, opened again if its file was replaced."""
@@ -11089,14 +11068,14 @@ class Agent:
             if not any([one.code for one in reasons] == ["no-worker"]
                        for reasons in why.values()):
                 self._start_at = 0.0
-            elif self._start and time.monotonic() >= self._start_at:
-                self._start_at = time.monotonic() + START_PAUSE
-                try:
-                    self._start()
-                except QueueError as error:
-                    failed = [str(error)]
-                continue
-            break
+                break
+            if not self._start or time.monotonic() < self._start_at:
+                break
+            self._start_at = time.monotonic() + START_PAUSE
+            try:
+                self._start()
+            except QueueError as error:
+                failed = [str(error)]
         for job in jobs:
             is_told = (job.error or "").startswith("exit status")
             more = {"exit_code": job.exit_code, "error": not is_told and job.error,
@@ -11112,155 +11091,100 @@ class Agent:
         """Answer a message, or leave that to `poll`."""
         if not line.strip():
             return
+        request_id, method = None, None
         try:
-            if len(line) > MAX_MESSAGE:
-                raise ValueError(f"more than {MAX_MESSAGE} bytes")
-            message = parsed_json(line)
-        except ValueError as error:
-            self._write(compact({"jsonrpc": "2.0", "id": None, "error": {
-                "code": NOT_JSON, "message": f"not JSON: {error}"}}))
-            return
-        is_batch = isinstance(message, list) and message and self._version == BATCHES
-        messages, answers = message if is_batch else [message], list[object]()
-
-        def send(answer: object) -> None:
-            answers.append(answer)
-            said = [one for one in answers if one]
-            if said and len(answers) == len(messages):
-                self._write(compact(said if is_batch else said[0]))
-        for one in messages:
-            self.answer(one, send)
-
-    def answer(self, message: Any, send: Callable[[object], None]) -> None:
-        """Call `send` once, now or in `poll`: with the answer, or None for none."""
-        request_id, found = None, None
-
-        def finish(answer: dict[str, Any] | None) -> None:
-            send(answer and {"jsonrpc": "2.0", "id": request_id, **answer})
-        try:
+            try:
+                if len(line) > MAX_MESSAGE:
+                    raise ValueError(f"more than {MAX_MESSAGE} bytes")
+                message = parsed_json(line)
+            except ValueError as error:
+                raise ProtocolError(NOT_JSON, f"not JSON: {error}") from None
             if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
                 raise ProtocolError(NOT_A_REQUEST, "not a message of JSON-RPC 2.0")
             method, params = message.get("method"), message.get("params", {})
             if "id" not in message or {*message} & {"result", "error"}:
                 if method == "notifications/cancelled" and isinstance(params, dict):
-                    wait = self.waits.pop(compact(params.get("requestId")), None)
-                    if wait:
-                        wait[1](None)
-            elif type(message["id"]) not in (str, int) or not isinstance(method, str):
+                    self.waits = {key: waiting for key, waiting in self.waits.items()
+                                  if key != params.get("requestId")}
+                return
+            if type(message["id"]) not in (str, int) or not isinstance(method, str):
                 raise ProtocolError(NOT_A_REQUEST, "a request has a method and an id: "
                                     "text or a whole number")
-            else:
-                request_id = message["id"]
-                found = {"result": self._result(method, params)}
+            request_id = message["id"]
+            result = self._result(method, params)
+            if isinstance(result, Waiting):
+                self.waits[request_id] = result
+                return
+            answer = {"result": result}
         except ProtocolError as error:
-            found = {"error": dict(zip(("code", "message", "data"), error.args))}
+            answer = {"error": dict(zip(("code", "message", "data"), error.args))}
         except Exception as error:  # a bug: the server runs on
             import traceback
             traceback.print_exc()
-            found = {"error": {"code": BUG, "message": f"internal error: {error!r}"}}
-        if found and isinstance(found.get("result"), Waiting):
-            self.waits[compact(request_id)] = found["result"], finish
-        else:
-            finish(found)
+            answer = {"error": {"code": BUG, "message": f"internal error: {error!r}"}}
+        self._write(dumps({"jsonrpc": "2.0", "id": request_id, **answer}))
 
     def poll(self) -> None:
         """Answer the calls whose wait is over."""
-        for request, (waiting, finish) in list(self.waits.items()):
-            result = tried(functools.partial(self._end_of, waiting))
+        for request_id, waiting in [*self.waits.items()]:
+            result = self._end_of(waiting)
             if result:
-                del self.waits[request]
-                finish({"result": result})
+                del self.waits[request_id]
+                self._write(dumps(
+                    {"jsonrpc": "2.0", "id": request_id, "result": result}))
 
     def _end_of(self, waiting: Waiting) -> dict[str, Any] | None:
-        if self._start:
-            self.briefs(waiting.job_ids)
         try:
+            if self._start:
+                self.briefs(waiting.job_ids)
             if time.monotonic() < waiting.until:
                 self.queue().wait(*waiting.job_ids, timeout=0)
-        except Refused as error:
-            if error.code == "not-finished":
-                return None
-            raise
-        return {"jobs": self.briefs(waiting.job_ids, waiting.tail)}
+            return tool_result({"jobs": self.briefs(waiting.job_ids, waiting.tail)})
+        except QueueError as error:
+            return None if error.code == "not-finished" \
+                else tool_result(error_object(error), isError=True)
 
     def _result(self, method: str, params: Any) -> Any:
         meta: Any = (params.get("_meta") or {}) if isinstance(params, dict) else None
         if not isinstance(meta, dict):
             raise ProtocolError(BAD_PARAMS, "params or _meta are not an object")
-        version, client = (meta.get(f"{RESERVED}{key}") for key in (
-            "protocolVersion", "clientCapabilities"))
+        version = meta.get(f"{RESERVED}protocolVersion")
         is_modern = version is not None or method == "server/discover"
-        if is_modern and not (isinstance(version, str) and isinstance(client, dict)):
-            raise ProtocolError(BAD_PARAMS, f"_meta lacks {RESERVED}protocolVersion or "
-                                f"{RESERVED}clientCapabilities")
+        if is_modern and not isinstance(version, str):
+            raise ProtocolError(BAD_PARAMS, f"_meta lacks {RESERVED}protocolVersion")
         if is_modern and version != MODERN:
             raise ProtocolError(BAD_VERSION, "unsupported protocol version", {
                 "supported": [MODERN, *HANDSHAKES], "requested": version})
-        tasks: dict[str, Any] = {"extensions": {TASKS: {}}}
-        may_have = is_modern and "enqueue" in self._tools
-        has_tasks = may_have and TASKS in ((client or {}).get("extensions") or ())
         server = {"name": "queuectl", "version": __version__}
-        about = {"resultType": "complete", "ttlMs": 3_600_000, "cacheScope": "private",
-                 "_meta": {f"{RESERVED}serverInfo": server}}
+        common = {"resultType": "complete", "ttlMs": 3_600_000, "cacheScope": "private",
+                  "_meta": {f"{RESERVED}serverInfo": server}}
+        about = {"capabilities": {"tools": {}}, "instructions": GUIDE}
         if method == "tools/call":
-            return self._call(params.get("name"), params.get("arguments"), has_tasks)
+            return self._call(params.get("name"), params.get("arguments") or {})
         if method == "tools/list":
-            return {"tools": [*map(tool_object, self._tools.values())], **about}
+            return {"tools": [*map(tool_object, self._tools.values())], **common}
         if method == "server/discover":
-            return {"supportedVersions": [MODERN, *HANDSHAKES], "instructions": GUIDE,
-                    "capabilities": {"tools": {}, **(tasks if has_tasks else {})},
-                    **about}
-        if method in ("tasks/get", "tasks/update", "tasks/cancel") and may_have:
-            if not has_tasks:
-                raise ProtocolError(NO_CAPABILITY, "the client does not declare tasks",
-                                    {"requiredCapabilities": tasks})
-            return self._task(method, params.get("taskId"))
+            return {"supportedVersions": [MODERN, *HANDSHAKES], **about, **common}
         if method == "initialize" and not is_modern:
             asked = params.get("protocolVersion")
-            if not isinstance(asked, str):
-                raise ProtocolError(BAD_PARAMS, "protocolVersion is missing")
-            self._version = asked if asked in HANDSHAKES else HANDSHAKES[0]
-            return {"protocolVersion": self._version, "capabilities": {"tools": {}},
-                    "serverInfo": server, "instructions": GUIDE}
+            return {"protocolVersion": asked if asked in HANDSHAKES else HANDSHAKES[0],
+                    "serverInfo": server, **about}
         if method == "ping" and not is_modern:
             return {}
         raise ProtocolError(NO_METHOD, f"there is no method {method!r}")
 
-    def _call(self, name: Any, given: Any, has_tasks: bool) -> Any:
-        if not isinstance(name, str) or name not in self._tools:
-            raise ProtocolError(BAD_PARAMS, f"unknown tool {name!r}")
-        given, tool = {} if given is None else given, self._tools[name]
-        if not isinstance(given, dict):
-            raise ProtocolError(BAD_PARAMS, "arguments are not an object")
-        result = tried(lambda: tool.call(
-            self, given if name == "enqueue" else arguments(tool, given)))
-        if isinstance(result, Waiting):     # the first look
-            return tried(functools.partial(self._end_of, result)) or result
-        if has_tasks and name == "enqueue" and "isError" not in result:
-            task = self._task("tasks/get", result["structuredContent"]["id"])
-            return {**task, "resultType": "task"}
-        return result
-
-    def _task(self, method: str, job_id: Any) -> dict[str, Any]:
-        # The ids need not be hard to guess: only this client can send one.
+    def _call(self, name: Any, given: Any) -> Any:
+        tool = self._tools.get(name) if isinstance(name, str) else None
+        if not tool or not isinstance(given, dict):
+            raise ProtocolError(BAD_PARAMS, "arguments are not an object" if tool
+                                else f"unknown tool {name!r}")
         try:
-            job = self.queue().job(parse_name(job_id))
-            if method == "tasks/cancel" and job.state not in OVER:
-                self.queue().cancel(job.id)
-            is_over = job.state in (COMPLETED, DEAD)
-            found = self.briefs([job.id], USUAL_PART if is_over else 0)[job.id]
+            found = tool.call(
+                self, given if name == "enqueue" else arguments(tool, given))
         except QueueError as error:
-            raise ProtocolError(BAD_PARAMS, str(error)) from None
-        if method != "tasks/get":
-            return {"resultType": "complete"}
-        return {"resultType": "complete", "taskId": job.id,
-                "status": "completed" if is_over else
-                "cancelled" if job.state == CANCELLED else "working",
-                "statusMessage": ": ".join([job.state, *found.get("waiting_for", ())]),
-                "createdAt": job.created_at, "lastUpdatedAt": job.updated_at,
-                "ttlMs": None, "pollIntervalMs": 1000,
-                **({"result": tool_result({"id": job.id, **found}, job.state == DEAD)}
-                   if is_over else {})}
+            return tool_result(error_object(error), isError=True)
+        return self._end_of(found) or found if isinstance(found, Waiting) \
+            else tool_result(found)
 
 
 def enqueue_tool(agent: Agent, given: dict[str, Any]) -> dict[str, Any]:
@@ -11269,19 +11193,25 @@ def enqueue_tool(agent: Agent, given: dict[str, Any]) -> dict[str, Any]:
             **({} if new else {"added": False})}
 
 
-def following(seconds: float, change: Callable[..., object] = lambda *_: None
-              ) -> Callable[[Agent, dict[str, Any]], Waiting]:
-    """Return a tool that changes jobs, and waits for their end, at most so long."""
-    def call(agent: Agent, given: dict[str, Any]) -> Waiting:
-        change(agent.queue(), *given["ids"])
-        return Waiting(given["ids"], time.monotonic() + given.get("timeout", seconds),
-                       given.get("tail", 0))
-    return call
+def wait_tool(agent: Agent, given: Mapping[str, Any]) -> Waiting:
+    return Waiting(given["ids"], time.monotonic() + given.get("timeout", USUAL_WAIT),
+                   given.get("tail", 0))
 
 
-def status_tool(agent: Agent, given: dict[str, Any]) -> dict[str, Any] | Waiting:
+def cancel_tool(agent: Agent, given: Mapping[str, Any]) -> Waiting:
+    agent.queue().cancel(*given["ids"])
+    return Waiting(given["ids"], time.monotonic() + END_WAIT)
+
+
+def retry_tool(agent: Agent, given: dict[str, Any]) -> dict[str, Any]:
+    ids = given.pop("ids")
+    agent.queue().retry(*ids, **given)
+    return {"jobs": agent.briefs(ids)}
+
+
+def status_tool(agent: Agent, given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("ids"):
-        return following(0)(agent, given)
+        return {"jobs": agent.briefs(given["ids"], given.get("tail", 0))}
     found = status_object(agent.queue().status())
     found["jobs"] = {state: n for state, n in found["jobs"].items() if n}
     found["workers"] = [{key: one[key] for key in ("name", "slots", "running")}
@@ -11314,13 +11244,13 @@ TOOLS = (
              Field("run", _whole(1, {}), help="its number; default: the last")),
          ("id",)),
     Tool("wait", "Wait until jobs have ended, or for a time; returns their state.",
-         False, following(USUAL_WAIT), (
+         False, wait_tool, (
              _JOBS, Field("timeout", _SPAN, help=f"default {USUAL_WAIT:.0f}s"), _TAIL),
          ("ids",)),
-    Tool("cancel", "Cancel jobs; running ones are terminated.", True,
-         following(END_WAIT, Queue.cancel), (_JOBS,), ("ids",)),
+    Tool("cancel", "Cancel jobs; running ones are terminated.", True, cancel_tool,
+         (_JOBS,), ("ids",)),
     Tool("retry", "Run jobs again that have ended or wait for a retry.", True,
-         following(0, Queue.retry), (_JOBS,), ("ids",)),
+         retry_tool, (_JOBS, *(FIELDS[name] for name in EDITABLE)), ("ids",)),
     Tool("list", "The newest jobs: id, state, command.", False, list_tool, (
         *FILTERS.values(),
         Field("limit", _whole(1, {}), help=f"default {LISTED}, at most {MAX_PAGE}"))))

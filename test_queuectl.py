@@ -5290,8 +5290,6 @@ class Metrics(Case):
 
 MODERN_META = {"_meta": {"io.modelcontextprotocol/protocolVersion": queuectl.MODERN,
                          "io.modelcontextprotocol/clientCapabilities": {}}}
-TASKS_META = json.loads(json.dumps(MODERN_META).replace("{}", json.dumps(
-    {"extensions": {queuectl.TASKS: {}}})))
 
 
 def message(method, params, number=1):
@@ -5342,50 +5340,30 @@ class Agents(Case):
                 *(({"id": bad, "method": "ping"}, -32600) for bad in (None, True, 1.5, [1])),
                 *((message(*call), code) for code, *call in (
                     (-32601, "tools/close", {}), (-32601, "ping", MODERN_META),
-                    (-32601, "tasks/get", {"taskId": "a"}),
                     (-32602, "tools/call", []), (-32602, "tools/call", {"_meta": 1}),
                     (-32602, "tools/call", {"name": "rm"}), (-32602, "tools/call", {"name": [1]}),
                     (-32602, "tools/call", {"name": "list", "arguments": [1]}),
-                    (-32602, "initialize", {}), (-32602, "server/discover", {}),
-                    (-32602, "tasks/get", {**TASKS_META, "taskId": "a"}),
-                    (-32021, "tasks/get", MODERN_META), (-32022, "tools/list", future)))):
+                    (-32602, "server/discover", {}), (-32022, "tools/list", future)))):
             with self.subTest(str(given)[:50]):
                 [answer] = self.said(given)
                 self.assertEqual(answer["error"]["code"], code)
                 self.assertEqual(answer["id"], None if code in (-32700, -32600) else 1)
         self.assertEqual(self.ask("tools/list", future)["error"]["data"], {
             "supported": [queuectl.MODERN, *queuectl.HANDSHAKES], "requested": "2030-01-01"})
-        for null in ({"_meta": None}, json.loads(json.dumps(TASKS_META).replace(
-                json.dumps({queuectl.TASKS: {}}), "null"))):
-            self.assertIn("result", self.ask("tools/list", null))
+        self.assertIn("result", self.ask("tools/list", {"_meta": None}))
         self.assertEqual(self.said(
             {"method": "notifications/initialized"}, {"method": "tools/call"}, {"method": "x"},
             {"method": "notifications/cancelled", "params": {"requestId": [1]}},
             {"id": 7, "result": {}}, b" \r"), [])
 
-    def test_versions_are_negotiated_and_one_has_batches(self):
-        for asked, given in (("2025-06-18", "2025-06-18"), ("2030-01-01", "2025-11-25"),
-                             ("2025-03-26", "2025-03-26")):
+    def test_versions_are_negotiated(self):
+        for asked, given in (("2025-06-18", "2025-06-18"), ("2030-01-01", "2025-11-25")):
             found = self.ask("initialize", {"protocolVersion": asked})["result"]
             self.assertEqual(found["protocolVersion"], given)
             self.assertEqual(found["capabilities"], {"tools": {}})
-        for meta, extensions in ((MODERN_META, {}), (TASKS_META, {queuectl.TASKS: {}})):
-            found = self.ask("server/discover", meta)["result"]
-            self.assertEqual(found["supportedVersions"][0], queuectl.MODERN)
-            self.assertEqual(found["capabilities"].get("extensions", {}), extensions)
-        self.job()
-        wait = json.loads(message("tools/call", {"name": "wait", "arguments": {"ids": "job-1"}}))
-        note = {"jsonrpc": "2.0", "method": "notifications/initialized"}
-        ping = {"jsonrpc": "2.0", "method": "ping"}
-        self.assertEqual(self.said([note, note]), [])
-        self.assertEqual(self.said([wait, note, {**ping, "id": 2}, 5]), [])
-        self.assertEqual(self.said([{**wait, "id": 3}, {**ping, "id": 4}]), [])
-        [[pong]] = self.said({"method": "notifications/cancelled", "params": {"requestId": 3}})
-        self.assertEqual(pong, {"jsonrpc": "2.0", "id": 4, "result": {}})
-        self.run_next()
-        self.agent.poll()
-        [answers] = self.said()
-        self.assertEqual([one["id"] for one in answers], [2, None, 1])
+        found = self.ask("server/discover", MODERN_META)["result"]
+        self.assertEqual(found["supportedVersions"][0], queuectl.MODERN)
+        self.assertEqual(self.ask("ping"), {"jsonrpc": "2.0", "id": 1, "result": {}})
 
     def test_tools_say_what_they_take_and_whether_they_change_anything(self):
         tools = {one["name"]: one for one in self.ask("tools/list")["result"]["tools"]}
@@ -5395,7 +5373,7 @@ class Agents(Case):
         self.assertEqual([*tools["enqueue"]["inputSchema"]["properties"]], [
             name for name, field in queuectl.FIELDS.items() if "e" in field.uses])
         self.assertLessEqual({*queuectl.FILTERS}, {*tools["list"]["inputSchema"]["properties"]})
-        self.assertLess(len(json.dumps(tools)), 6500)   # an agent reads all of it
+        self.assertLess(len(json.dumps(tools)), 7000)   # an agent reads all of it
 
     def test_failures_of_a_tool_have_the_codes_of_the_command_line(self):
         self.job_in(PROCESSING)
@@ -5417,7 +5395,7 @@ class Agents(Case):
                 ("list", {"state": ["ded"]}, "invalid-value", "dead"),
                 ("list", {"exit_code": {}}, "invalid-value", "exit_code")):
             with self.subTest(tool=tool, given=given):
-                error = self.use(tool, TASKS_META, **given)["error"]
+                error = self.use(tool, MODERN_META, **given)["error"]
                 self.assertEqual(error["code"], code)
                 self.assertRegex(f"{error['message']}; {error['hint']}", words)
 
@@ -5482,7 +5460,7 @@ class Agents(Case):
 
     def test_output_comes_in_parts_that_join(self):
         run = queuectl.Run(1, 1, 1, 1, "w", 1, "", "", 1.0, "completed", 0, None, 0, b"")
-        kept = b"abcdefghij" * 2
+        job, kept = self.job(), b"abcdefghij" * 2
         for output, total in ((b"", 0), (b"plain\n" * 9, 54), ("aß日".encode() * 9, 54),
                               (kept, 20), (kept, 21), (kept, 10**6)):
             for limit in (4, 7, 50, 5000):
@@ -5490,34 +5468,25 @@ class Agents(Case):
                     one = run._replace(output=output, output_bytes=total)
                     start, text = 0, ""
                     for _ in range(60):
-                        _, start, part = queuectl.output_part(one, start, limit)
-                        text += part
+                        part = queuectl.output_object(job, one, start, limit)
+                        start, text = part["next"], text + part["output"]
                     self.assertEqual(text, queuectl.readable(output, total).decode())
                     self.assertEqual(start, total)
-                    _, after, tail = queuectl.output_part(one, None, limit)
-                    self.assertEqual((after, tail[-3:]), (total, text[-3:][-len(tail):]))
+                    part = queuectl.output_object(job, one, None, limit)
+                    tail = part["output"]
+                    self.assertEqual((part["next"], tail[-3:]), (total, text[-3:][-len(tail):]))
         cut = run._replace(output="aß".encode()[:2], output_bytes=2, outcome=None)
-        self.assertEqual(queuectl.output_part(cut, 0, 9), (0, 1, "a"))     # ß is to come
+        part = queuectl.output_object(job, cut, 0, 9)
+        self.assertEqual((part["next"], part["output"]), (1, "a"))     # ß is to come
 
-    def test_a_job_is_a_task_for_a_client_that_knows_tasks(self):
-        def task(method, job_id):
-            return self.ask(f"tasks/{method}", {**TASKS_META, "taskId": job_id})["result"]
-
-        created = self.ask("tools/call", {"name": "enqueue", "arguments": {
-            "command": "x", "id": "t", "max_retries": 1}, **TASKS_META})["result"]
-        self.assertEqual((created["resultType"], created["taskId"], created["status"]),
-                         ("task", "t", "working"))
-        self.assertIn("no worker is running", created["statusMessage"])
+    def test_a_retry_changes_the_fields_that_are_given(self):
+        self.jobs([{"id": "a", "max_retries": 1}])
         self.run_next(3)
-        found = task("get", "t")
-        self.assertEqual((found["resultType"], found["status"]), ("complete", "completed"))
-        self.assertTrue(found["result"]["isError"])
-        self.assertEqual(found["result"]["structuredContent"]["exit_code"], 3)
-        self.job(id="u")
-        for method in ("update", "cancel", "cancel"):
-            self.assertEqual(task(method, "u"), {"resultType": "complete"})
-        self.assertEqual(task("get", "u")["status"], CANCELLED)
-        self.assertEqual(self.use("enqueue", MODERN_META, command="x", id="v")["id"], "v")
+        found = self.use("retry", ids="a", timeout="1h", priority=None, delay=60)
+        self.assertIn("due in", found["jobs"]["a"]["waiting_for"][0])
+        self.assertEqual(self.queue.job("a").timeout, 3600)
+        error = self.use("retry", ids="a", timeout="x")["error"]
+        self.assertIn("timeout: 'x'", error["message"])
 
 
 # ---- 22 Terminal, 23 Commands ------------------------------------------------
@@ -7908,8 +7877,6 @@ class AgentProcesses(Processes):
         self.assertEqual([tool["name"] for tool in tools], ["status", "output", "wait", "list"])
         call = {"name": "enqueue", "arguments": {"command": "true"}}
         self.assertEqual(self.said(server, "tools/call", call)["error"]["code"], -32602)
-        task = {**TASKS_META, "taskId": "a"}
-        self.assertEqual(self.said(server, "tasks/get", task)["error"]["code"], -32601)
 
     def test_a_worker_is_started_for_the_jobs_and_outlives_the_session(self):
         server = self.client("--worker", "2", start_new_session=True)
