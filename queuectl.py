@@ -2288,11 +2288,6 @@ class Sql:
 
     # Events are ordered by seq, not by time: clocks are set back.
     INSERT_EVENT = _insert("events", "seq", "job", "from", "to", "at", "reason")
-    EVENTS_OF = """
-        SELECT jobs.id, "from", "to", at, reason FROM events
-          JOIN jobs ON jobs.seq = events.job
-         WHERE events.job = :job
-         ORDER BY events.seq"""
     EVENTS_AFTER = """
         SELECT jobs.id, "from", "to", at, reason, events.seq FROM events
           JOIN jobs ON jobs.seq = events.job
@@ -2581,20 +2576,17 @@ class Sql:
     )
 
 
-# From each older format to the current one, in one transaction. Tables whose CHECKs or
-# keys differ are renamed and created again, as ALTER TABLE cannot change these.
-def _rebuilt(tables: Sequence[str], indexes: str, copies: str) -> str:
+# From each older format to the current one. Tables whose CHECKs or keys differ are
+# renamed and created again, as ALTER TABLE cannot change these; so are all indexes.
+def _rebuilt(tables: Sequence[str], copies: str) -> str:
     return "".join(f"ALTER TABLE {name} RENAME TO old_{name};" for name in tables) \
-        + "".join(f"DROP INDEX {name};" for name in indexes.split()) \
         + re.sub("(TABLE|INDEX)", r"\1 IF NOT EXISTS", Sql.SCHEMA) + copies \
         + "".join(f"DROP TABLE old_{name};" for name in tables)
 
 
 UPGRADES = {
     1: _rebuilt(
-        ("jobs", "runs", "events", "workers", "schedules", "dependencies"),
-        "jobs_by_state jobs_in_line jobs_in_queue jobs_by_time jobs_by_claim "
-        "jobs_by_unique jobs_by_end runs_by_job events_by_job dependencies_by_job", """
+        ("jobs", "runs", "events", "workers", "schedules", "dependencies"), """
         INSERT INTO counters
         SELECT COALESCE(MAX(CASE name WHEN 'old_jobs' THEN seq END), 0),
                COALESCE(MAX(CASE name WHEN 'old_runs' THEN seq END), 0),
@@ -2623,8 +2615,7 @@ UPGRADES = {
                COALESCE(gate = 'time' AND state = 'pending', 0)
           FROM old_jobs;"""),
     2: _rebuilt(
-        ("jobs",), "jobs_by_state jobs_in_line jobs_in_queue jobs_by_time jobs_delayed "
-        "jobs_blocked jobs_by_claim jobs_by_unique jobs_by_once jobs_by_end", """
+        ("jobs",), """
         ALTER TABLE runs ADD COLUMN slots TEXT NOT NULL DEFAULT '';
         ALTER TABLE runs ADD COLUMN gpus TEXT;
         ALTER TABLE dependencies ADD COLUMN any_outcome INTEGER NOT NULL DEFAULT 0;
@@ -2721,13 +2712,15 @@ class SQLite:
     VERSION = "PRAGMA user_version"
     SET_VERSION = "PRAGMA user_version = {}"    # takes no parameter
     ANY_TABLE = "SELECT EXISTS (SELECT 1 FROM sqlite_master)"
+    INDEXES = "SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL"
     LENIENT = "PRAGMA writable_schema = ON"     # for a connection that only reads
     VACUUM_STEPWISE = "PRAGMA auto_vacuum = INCREMENTAL"    # before the first table
     JOURNAL = "PRAGMA journal_mode = WAL"
-    # An fsync for each commit: with NORMAL a power cut loses the latest commits.
-    DURABLE = "PRAGMA synchronous = FULL"
-    WAL_LIMIT = "PRAGMA journal_size_limit = 16777216"  # truncates it after a long read
-    WAL_PAGES = "PRAGMA wal_autocheckpoint = 3000"  # 12 MiB: a third of the copying
+    CONFIGURATION = (JOURNAL,
+        # An fsync for each commit: with NORMAL a power cut loses the latest commits.
+        "PRAGMA synchronous = FULL",
+        "PRAGMA journal_size_limit = 16777216",     # shrinks the WAL after a long read
+        "PRAGMA wal_autocheckpoint = 3000")         # 12 MiB: a third of the copying
     EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
     FREE_PAGES, PAGES = "PRAGMA freelist_count", "PRAGMA page_count"
     SHRINK = f"PRAGMA incremental_vacuum({SHRINK_PAGES})"
@@ -2848,10 +2841,8 @@ class SQLite:
                 if refused is None or refused.code != "unwritable":
                     raise
                 if os.stat(self._wal_path).st_size:
-                    raise Unavailable("unwritable", f"{self._wal_path} holds changes "
-                                      "that cannot be read where nothing can be "
-                                      "written", f"copy {self.path} with its -wal to "
-                                      "a directory that you may write") from None
+                    self._refuse_read_only(", and its -wal holds changes that can be "
+                                           "read only where one may write")
         self._frozen = [_stat(self.path), _stat(self._wal_path)]
         return _connect(self.path, READ_AS_IS)
 
@@ -2878,9 +2869,9 @@ class SQLite:
                           f"queuectl (format {version}, this one knows "
                           f"{SCHEMA_VERSION})", "use that version")
 
-    def _refuse_read_only(self) -> None:
+    def _refuse_read_only(self, why: str = "") -> None:
         if self.is_read_only:
-            raise Unavailable("unwritable", f"{self.path} is read-only",
+            raise Unavailable("unwritable", f"{self.path} is read-only{why}",
                               "make it and its directory writable, or work on a copy")
 
     def _set_up(self, create: bool) -> None:
@@ -2899,15 +2890,11 @@ class SQLite:
             self._upgrade()
         version = self._ask(self.VERSION)
         self._refuse_newer(version)
+        if version < SCHEMA_VERSION:
+            self._refuse_read_only(", and has an older format that must be upgraded")
         if self.is_read_only:
-            if version < SCHEMA_VERSION:
-                raise Unavailable("unwritable", f"{self.path} has an older format "
-                                  f"({version}, this queuectl writes {SCHEMA_VERSION}) "
-                                  "and cannot be upgraded: it is read-only", "copy it "
-                                  "to a directory that you may write, or use that "
-                                  "version")
             return
-        for sql in (self.JOURNAL, self.DURABLE, self.WAL_LIMIT, self.WAL_PAGES):
+        for sql in self.CONFIGURATION:
             self.rows(sql)
         if self._ask(self.VERSION) < SCHEMA_VERSION:
             self._upgrade()
@@ -2929,6 +2916,8 @@ class SQLite:
             self.is_new = version == 0
             script = Sql.SCHEMA + Sql.FIRST_COUNTERS if self.is_new \
                 else UPGRADES[version]
+            for [name] in self.rows(self.INDEXES):
+                self.rows(f"DROP INDEX {name}")
             for statement in filter(str.strip, script.split(";")):
                 self.rows(statement)
             self.rows(self.SET_VERSION.format(SCHEMA_VERSION))
@@ -3160,8 +3149,10 @@ PLACES = 1024           # of workers, by id modulo this; limits the file's size
 _PLACE_SIZE = (MAX_SLOTS + 1) * _PROCESS.size
 
 
-def _flock(kind: int, offset: int) -> bytes:
-    return struct.pack(_FLOCK, kind, 0, offset, 1, 0)
+def _flock(fd: int, command: int, kind: int, offset: int) -> int:
+    """Call fcntl(2) for a byte; returns the type that it answers."""
+    answer = fcntl.fcntl(fd, command, struct.pack(_FLOCK, kind, 0, offset, 1, 0))
+    return int(struct.unpack(_FLOCK, answer)[0])
 
 
 def boot_time() -> float:
@@ -3227,7 +3218,7 @@ class Locks:
         try:
             fd = self._open(os.O_RDWR | os.O_CREAT)
             if self._is_proven(fd):
-                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, offset))
+                _flock(fd, fcntl.F_OFD_SETLK, fcntl.F_WRLCK, offset)
                 return fd
         except OSError as error:
             if fd >= 0:
@@ -3250,8 +3241,8 @@ class Locks:
         try:
             if self._probe < 0:
                 self._probe = self._open(os.O_RDONLY)
-            return self._is_proven(self._probe) \
-                and self._holder(self._probe, offset) != fcntl.F_UNLCK
+            return self._is_proven(self._probe) and _flock(
+                self._probe, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, offset) != fcntl.F_UNLCK
         except FileNotFoundError:
             return False        # no lock was ever held
         except OSError:
@@ -3315,9 +3306,9 @@ class Locks:
         if self._works is None:
             other = self._open(os.O_RDONLY)
             try:
-                fcntl.fcntl(other, fcntl.F_OFD_SETLK,
-                            _flock(fcntl.F_RDLCK, SCRATCH_LOCK))
-                self._works = self._holder(fd, SCRATCH_LOCK) == fcntl.F_RDLCK
+                _flock(other, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, SCRATCH_LOCK)
+                self._works = _flock(
+                    fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, SCRATCH_LOCK) == fcntl.F_RDLCK
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.EAGAIN, errno.EACCES):
                     raise
@@ -3325,11 +3316,6 @@ class Locks:
             finally:
                 os.close(other)
         return self._works
-
-    @staticmethod
-    def _holder(fd: int, offset: int) -> int:
-        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, offset))
-        return int(struct.unpack(_FLOCK, answer)[0])
 
     def close(self) -> None:
         if self._probe >= 0:
@@ -3903,7 +3889,12 @@ class Ledger:
             self.count(job.queue, job.state, +1)
             if change.verb in TALLIED:
                 self.tally(now, job.queue, change.verb)
-        self._block([change.before for change in changes])
+        retried = [change.before for change in changes if change.before.state in OVER]
+        under_way = dict(self.rows(Sql.UNBLOCKING)) if retried else {}
+        for job in retried:     # dependents wait for it again
+            self.do(Sql.UNMEET, {"needs": job.seq, "least": int(job.state != COMPLETED),
+                                 "upto": under_way.get(job.seq, END_OF_TIME)})
+            self.do(Sql.DELETE_UNBLOCKING, {"needs": job.seq})
         completed = [job for job in jobs if job.state == COMPLETED]
         self._unblock([job.seq for job in completed], now)
         self._unblock([job.seq for job in jobs if job.state in (DEAD, CANCELLED)], now,
@@ -3932,15 +3923,6 @@ class Ledger:
                                     f" has the same unique key {job.unique!r}", hint)
             if not holders:
                 first[job.unique] = job
-
-    def _block(self, before: Sequence[Job]) -> None:
-        """Let dependents wait again for those of these jobs that had finished."""
-        retried = [job for job in before if job.state in OVER]
-        under_way = dict(self.rows(Sql.UNBLOCKING)) if retried else {}
-        for job in retried:
-            self.do(Sql.UNMEET, {"needs": job.seq, "least": int(job.state != COMPLETED),
-                                 "upto": under_way.get(job.seq, END_OF_TIME)})
-            self.do(Sql.DELETE_UNBLOCKING, {"needs": job.seq})
 
     def _dependents(self, seqs: Sequence[int], after: int = 0, limit: int = END_OF_TIME,
                     least: int = 0, most: int = 1) -> list[tuple[Any, ...]]:
@@ -4381,11 +4363,6 @@ class Queue:
         if self.wake(PEEK):
             self.await_change(seen, patience)
 
-    def events(self, job_id: str) -> list[Event]:
-        """The changes of a job's state, oldest first; the first has the source None."""
-        job = self.store.job(job_id)
-        return [_event(*row) for row in self.store.rows(Sql.EVENTS_OF, job=job.seq)]
-
     def events_since(self, seq: int = 0, limit: int = PAGE_SIZE,
                      queue: str | None = None, since: str = "") -> list[Event]:
         """The changes after number `seq`, in the order of commits."""
@@ -4632,27 +4609,25 @@ class Queue:
         return reasons + [f"behind {counted(n, 'other job')}"] * bool(n) \
             or ["next in line"]
 
-    def left_waiting(self, queues: Collection[str] = ()) -> list[str]:
+    def left_waiting(self, queues: Collection[str] = ()) -> Iterator[str]:
         """What waits in these queues (default: all) after `--drain`, and why."""
-        lines = []
         for view in self.queues():
             left = sum(view.counts[state] for state in WAITING)
             if not left or (queues and view.name not in queues):
                 continue
             stuck, jobs = self.stuck(view.name, held=True)
-            lines += [f"{stuck} of queue {view.name} cannot run: {job.id} "
-                      f"{self.why_stuck(job)}" for job in jobs]
-            if left > stuck:
-                jobs = [job for job in self.jobs(
-                    WAITING, "run-at", PAGE_SIZE, queue=view.name)
-                    if job.waits != BLOCKED][:1]
-                found = self.hindrances(jobs)
-                why = [f": {job.id} " + (", ".join(
-                    one.message for one in found[job.id] if one.code != "no-worker")
-                    or ("is ready" if job.slots == 1 else f"needs {job.slots} slots"))
-                    for job in jobs]
-                lines.append(f"{left - stuck} of queue {view.name}{''.join(why)}")
-        return [f"left waiting: {line}" for line in lines]
+            for job in jobs:
+                yield f"left waiting: {stuck} of queue {view.name} cannot run: " \
+                    f"{job.id} {self.why_stuck(job)}"
+            later = [job for job in self.jobs(
+                WAITING, "run-at", PAGE_SIZE, queue=view.name)
+                if job.waits in (SCHEDULED, READY)]
+            for job in later[:1]:
+                why = [one.message for one in self.hindrances([job])[job.id]
+                       if one.code != "no-worker"] or [
+                           f"needs {counted(job.slots, 'slot')}"]
+                yield f"left waiting: {left - stuck} of queue {view.name}: {job.id} " \
+                    + ", ".join(why)
 
     # The whole queue.
 
@@ -5693,8 +5668,7 @@ class Peers:
 # ---- 12 Check ----------------------------------------------------------------
 # Nothing here writes, so it may run beside workers.
 
-# A busy worker leaves 12 to 16 MiB (WAL_PAGES, WAL_LIMIT). The WAL is larger only while
-# a connection reads an old state (sqlite.org/wal.html, starvation).
+# Usual are 12 to 16 MiB; more only while a connection reads an old state.
 WAL_LARGE = 64 << 20   # bytes
 DISK_LOW = 100 << 20   # bytes free on the disk
 CHECK_PATIENCE = 2.0   # seconds for a directory to respond
