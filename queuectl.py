@@ -1859,7 +1859,7 @@ class Lines:
             raise Invalid("an argument cannot hold a NUL",
                           "--null reads items that end with NUL", "command")
 
-        def filled(text: bytes) -> bytes:
+        def filled(text: bytes, item: bytes = item) -> bytes:
             return _MARK.sub(lambda mark: item if mark[0] == b"{}"
                              else b"%d" % self._items, text)
 
@@ -1872,6 +1872,8 @@ class Lines:
             try:
                 return filled(value.encode()).decode()
             except UnicodeDecodeError:
+                if key in ("unique", "once"):
+                    return filled(value.encode(), ascii(item).encode()).decode()
                 raise Invalid(f"{key}: {item!a} is not UTF-8",
                               "only the command can hold such a name", key) from None
 
@@ -11492,7 +11494,7 @@ OOMPolicy=continue
 WEB_SERVICE = f"""\
 # QUEUECTL_TOKEN=..., and QUEUECTL_READ_TOKEN=... for users that may only read.
 EnvironmentFile={{tokens}}
-# The URL that it prints has the token.
+# It prints its URL, http://HOST:PORT/?token=TOKEN, which no log should keep.
 StandardOutput=null
 
 {_BY_ANY.replace("#", "")}{{by_root}}\
@@ -11539,9 +11541,9 @@ def unit_file(command: Sequence[str], path: str, is_own: bool, is_web: bool,
         mounts=mounts and f"\nRequiresMountsFor={mounts}",
         place=f"~/.config/systemd/user/{name}.service" if is_own
         else f"/etc/systemd/system/{name}.service",
-        token="\n#     (umask 077; echo QUEUECTL_TOKEN="
-              "$(od -An -N32 -tx8 /dev/urandom | tr -d ' \\n')\n"
-              f"#         > {tokens.replace('%h', '~')})" if is_web else "",
+        token="\n#     token=$(od -An -N32 -tx8 /dev/urandom | tr -d ' \\n')\n"
+              f"#     (umask 077; echo QUEUECTL_TOKEN=$token > "
+              f"{tokens.replace('%h', '~')})" if is_web else "",
         control="systemctl --user" if is_own else "systemctl",
         journal="--user-unit" if is_own else "--unit",
         linger="\n#     loginctl enable-linger   (to run while you are logged out)"

@@ -6124,6 +6124,13 @@ class CommandLine(Case):
                 self.assertIn(f"\n{line}\n", out)
             self.assertIn(f' --db "{self.path}" web ' + flags.replace("--user ", "").replace(
                 "c.pem", queuectl.systemd_word(os.path.abspath("c.pem"))) + "\n", out)
+            token, stored = re.findall(r"^# {5}((?:token=|\(umask).*)$", out, re.M)
+            stored = stored.replace("/etc/", "~/.config/")
+            os.makedirs(self.path_of(".config"), exist_ok=True)
+            self.assertEqual(subprocess.run(["sh", "-c", f"{token}\n{stored}"], env={
+                **os.environ, "HOME": self.dir}, capture_output=True, check=True).stdout, b"")
+            with open(self.path_of(".config/queuectl-web.env"), encoding="ascii") as file:
+                self.assertRegex(file.read(), r"\AQUEUECTL_TOKEN=[0-9a-f]{64}\n\Z")
 
 
 # ---- 24 Main -----------------------------------------------------------------
@@ -8540,6 +8547,9 @@ class Names(Processes):
         self.assertIn("job-1 (completed) has that key: nothing was added", err)
         self.add(path, *template)
         self.assertIn("line 1: once: ", self.add(path + b"x", *template, status=1))
+        for word in "3 added", "0 added, 3 already there":
+            self.assertIn(word, self.add(b"caf\xe9{#}\ncaf\xe8\ncaf\\xe9\n", *template))
+        self.assertIn("line 1: tag", self.add(b"\xe9", "-", "--tag", "{}", "--", "true", status=1))
 
     def test_results_are_those_of_a_batch(self):
         for data, words, said in ((b"a\nb\n", ("-q",), "job-1\njob-2\n"), (b"", (), "")):
