@@ -13247,7 +13247,7 @@ COMMANDS = (    # in the order of the help
         "schedule add", cmd_schedule_add, "add a recurring job", CREATES, _SCHEDULE,
         option("CRON", _CRON_HELP), *_SCHEDULED,
         eg="schedule add nightly '30 2 * * *' -- backup /home\n"
-           "schedule add report '0 9 * * mon-fri' 'make report | mail -s report me'\n"
+           "schedule add report '0 9 * * mon-fri' './report | mail -s report me'\n"
            "schedule add poll '@every 90s' --no-catch-up -- ./poll",
         also="cron, crontab, schedule create, schedule new", read=_scheduled,
         change=Queue.add_schedule, said=""),
@@ -13287,7 +13287,7 @@ COMMANDS = (    # in the order of the help
     _entry("config set", cmd_config_set, "change a setting", CREATES, _KEY,
            option("VALUE", "its new value"),
            eg="config set max-retries 5\nconfig set on-dead "
-              "'curl -fsS -d \"$QUEUECTL_JOB_ID\" http://localhost/'"),
+              "'curl -fsS -d \"$QUEUECTL_JOB_ID\" localhost:9000'"),
     _entry("config unset", cmd_config_set, "reset a setting to its default",
            CHANGES, _KEY, eg="config unset max-retries",
            also="config reset, config rm", value=None),
@@ -13365,23 +13365,24 @@ exit status:
   2     the command line is invalid
   124   `wait --timeout` expired
   130   interrupted by Ctrl+C; a worker or server shuts down and exits with 0
-  `wait ID`, `enqueue --wait` and `retry --wait` exit with the status of their one
-  job: 128+N if signal N ended it, 124 if it timed out.
+  `wait ID`, `enqueue --wait` and `retry --wait` exit with the status of their
+  one job: 128+N if signal N ended it, 124 if it timed out.
 
 environment:
   QUEUECTL_DB           the database, if there is no --db
-  QUEUECTL_TOKEN        the token of `web`; QUEUECTL_READ_TOKEN: one that only reads
+  QUEUECTL_TOKEN        the token of `web`
+  QUEUECTL_READ_TOKEN   one that cannot change anything
   NO_COLOR              if not empty: no colours
   A job has QUEUECTL_JOB_ID, QUEUECTL_ATTEMPT, QUEUECTL_QUEUE, QUEUECTL_CLAIM,
   QUEUECTL_SLOT and QUEUECTL_DB; a job of a template also QUEUECTL_ITEM.
-  A hook has QUEUECTL_JOB_ID, QUEUECTL_STATE, QUEUECTL_EXIT_CODE, QUEUECTL_ERROR,
-  QUEUECTL_COMMAND, QUEUECTL_TAGS, QUEUECTL_SCHEDULE and QUEUECTL_OUTPUT_TAIL of the
-  job that has ended.
+  A hook (`config set on-dead`) has those of the job that has ended:
+  QUEUECTL_JOB_ID, QUEUECTL_STATE, QUEUECTL_EXIT_CODE, QUEUECTL_ERROR,
+  QUEUECTL_COMMAND, QUEUECTL_TAGS, QUEUECTL_SCHEDULE, QUEUECTL_OUTPUT_TAIL.
 
 files:
-  queue.db              the database, in the current directory, if no other is named;
-                        beside it -wal and -shm (SQLite's), -lock (of the workers)
-                        and .log (of `worker start --detach`)"""
+  queue.db              the database, in the current directory, if no other is
+                        named; beside it -wal and -shm (SQLite's), -lock (of
+                        the workers) and .log (of `worker start --detach`)"""
 _DB = option("--db PATH", "the database (default: $QUEUECTL_DB, else queue.db)",
              "options", default=argparse.SUPPRESS)
 _VERSION = option("--version", "show the version and exit", action="version",
@@ -13549,7 +13550,7 @@ def _overview(entries: Sequence[Entry]) -> Entry:
         text += f"\n{headings[one]}:\n" if one in headings else ""
         text += f"  {one:<15}  {entry.help}\n"
     return Entry(
-        words, lambda *_: EX_OK, f"{text}\nFor details: `{name} COMMAND`. "
+        words, lambda *_: EX_OK, f"{text}\nDetails: `{name} COMMAND`. "
         f"Without a command: `{' '.join(usual(entries).words)}`", NEITHER,
         (option("COMMAND", argparse.SUPPRESS), _VERSION))
 

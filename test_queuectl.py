@@ -5698,6 +5698,13 @@ class CommandLine(Case):
                     self.assertIs(queuectl._parse(shlex.split(
                         example.rpartition("| queuectl ")[2])).entry, entry)
 
+    def test_every_help_fits_a_window_of_80_columns(self):
+        groups = {entry.words[:1] for entry in queuectl.COMMANDS if entry.words[1:]}
+        with mock.patch.dict(os.environ, {"COLUMNS": "80"}):
+            for words in ((), *groups, *(entry.words for entry in queuectl.COMMANDS)):
+                out = run_cli("help", *words)[1]
+                self.assertEqual([line for line in out.splitlines() if len(line) > 80], [])
+
     def test_a_mistyped_word_names_the_nearest_and_an_abbreviation_is_none(self):
         for line, hint in (
                 ("list --stat dead", "--state"), ("list --stat=dead", "--state"),
