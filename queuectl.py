@@ -1031,7 +1031,8 @@ def readable(kept: bytes, total: int, seen: int = 0) -> bytes:
 
 def last_line(output: bytes) -> str:
     """The last line that is not blank, often the error message, fit for terminals."""
-    text = output[-2000:].rstrip().decode("utf-8", "replace").strip()
+    text = output[-2000:].decode("utf-8", "replace")
+    text = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", text).strip()     # ECMA-48, 5.4
     return "".join(c if c.isprintable() else " "
                    for c in re.split("[\r\n]", text)[-1].strip())[:200]
 
@@ -6070,7 +6071,7 @@ def cut(text: str, width: int, tail: int = 0) -> str:
 
 def fold(line: str, width: int) -> list[str]:
     """Break a line at spaces into lines of that width (0: no limit), indented as what
-    follows its first gap of two spaces.
+    follows its first gap of two spaces. A number stays with the word after it.
     """
     if "\n" in line:
         return [part for one in line.split("\n") for part in fold(one, width)]
@@ -6080,7 +6081,7 @@ def fold(line: str, width: int) -> list[str]:
     gap = re.search(r"\S  +", plain[:width // 2])
     indent = gap.end() if gap else len(plain) - len(plain.lstrip())
     lines = [""]
-    for word in re.findall(" *[^ ]+", line):
+    for word in re.findall(r" *(?:[^ ]{0,15}\d )?[^ ]+", line):
         if lines[-1].strip() and columns(lines[-1] + word) > width:
             lines.append(" " * indent + word.lstrip())
         else:
@@ -8059,8 +8060,9 @@ class Runner:
                 ) + self.total()
 
     def total(self) -> str:
-        done = ", ".join(f"{n} {'requeued' if state == PENDING else state}"
-                         for state, n in self.totals.items())
+        done = ", ".join(
+            f"{self.totals[state]} {'requeued' if state == PENDING else state}"
+            for state in (*STATES[2:], PENDING) if state in self.totals)
         return f": {done}" if done else ""
 
 
