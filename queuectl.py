@@ -2980,8 +2980,6 @@ class SQLite:
         return _connect(self.path,
                         READ_AS_IS if self._frozen else "mode=ro")
 
-    # Transactions and rows.
-
     def _refusal(self, error: Exception, path: str = "") -> Exception:
         return refusal(error, path or self.path) or Stale(
             f"{type(error).__name__}: {error}")
@@ -3713,8 +3711,6 @@ class Ledger:
             n, total = self._tallies.get((minute, queue, kind, bucket), (0, 0.0))
             self._tallies[minute, queue, kind, bucket] = n + 1, total + (value or 0.0)
 
-    # Rows.
-
     def row(self, sql: str, **values: Any) -> tuple[Any, ...] | None:
         return next(iter(self.rows(sql, **values)), None)
 
@@ -3761,8 +3757,6 @@ class Ledger:
     def meta(self, key: str) -> str:
         row = self.row(Sql.META, key=key)
         return row[0] if row else ""
-
-    # New jobs.
 
     def add(self, jobs: Sequence[Job], now: float) -> tuple[list[Job], int]:
         """Add jobs, which may name each other; returns the jobs, and how many are new.
@@ -3851,8 +3845,6 @@ class Ledger:
             {"seq": seq, "job": job.seq, "from": source, "to": job.state,
              "at": job.updated_at, "reason": reason or None}
             for seq, (source, reason, job) in enumerate(changes, first)])
-
-    # Changes of state.
 
     def move(self, changes: Sequence[Change], now: float,
              settings: Settings | None = None) -> list[Job]:
@@ -4014,8 +4006,6 @@ class Ledger:
         self.change(Sql.END_RUN, rows)
         return [change._replace(after=job) for change, job in zip(changes, jobs)]
 
-    # Deleting and editing.
-
     def _remove(self, job: Job, now: float) -> None:
         """Delete a job with its history; Conflict, before the first write, if it is
         needed.
@@ -4099,8 +4089,6 @@ class Ledger:
                 {**job._asdict(), "rank": rank_of(job.priority, job.run_at, settings)}
                 for job in jobs])
 
-    # Schedules.
-
     def set_schedule(self, schedule: Schedule, **changes: Any) -> Schedule:
         schedule = schedule._replace(**changes)
         self.do(Sql.SET_SCHEDULE, row_of(schedule))
@@ -4181,13 +4169,6 @@ def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
     return {"before": END_OF_TIME, **{
         key: stored[key](value) if key in stored else value
         for key, value in filters.items() if value is not None}}
-
-
-def _event(id: str, source: str | None, target: str, at: str, reason: str | None,
-           seq: int = 0) -> Event:
-    because = next((move.because for move in MOVES.values()
-                    if move.target == target and source in move.sources), "enqueued")
-    return Event(id, source, target, at, reason or because, seq)
 
 
 def _refuse(why: QueueError) -> NoReturn:
@@ -4369,14 +4350,15 @@ class Queue:
     def events_since(self, seq: int = 0, limit: int = PAGE_SIZE,
                      queue: str | None = None, since: str = "") -> list[Event]:
         """The changes after number `seq`, in the order of commits."""
-        return [_event(*row) for row in self.store.rows(
-            Sql.EVENTS_AFTER, after=seq, limit=limit, queue=queue, since=since)]
+        return [Event(id, source, target, at, reason or next(
+            (move.because for move in MOVES.values()
+             if move.target == target and source in move.sources), "enqueued"), seq)
+            for id, source, target, at, reason, seq in self.store.rows(
+                Sql.EVENTS_AFTER, after=seq, limit=limit, queue=queue, since=since)]
 
     def last_event(self) -> int:
         """The `seq` of the latest change, 0 if there is none; never decreases."""
         return int(self.store.rows(Sql.COUNTERS)[0][2])
-
-    # Waiting.
 
     def await_change(self, seen: int, timeout: float) -> int:
         """Wait up to `timeout` seconds for a commit by another connection since
@@ -4510,8 +4492,6 @@ class Queue:
                           "this command, has the slots that it needs", "let the job "
                           "end first, or start another worker")
 
-    # Why jobs wait.
-
     def stuck(self, queue: str | None = None, caller: Job | None = None,
               held: bool = False, among: Sequence[Job] | None = None
               ) -> tuple[int, list[Job]]:
@@ -4632,8 +4612,6 @@ class Queue:
                 yield f"left waiting: {left - stuck} of queue {view.name}: {job.id} " \
                     + ", ".join(why)
 
-    # The whole queue.
-
     def counts(self, queue: str | None = None) -> dict[str, int]:
         """The number of jobs in each state; those claimed ahead count as pending."""
         counts = dict.fromkeys(STATES, 0)
@@ -4669,67 +4647,63 @@ class Queue:
         now, workers = self.clock(), [one for one in workers if not one.is_expired]
         stops, oldest = self._stops(workers), self._oldest(
             [view.name for view in self.queues()], now, Sql.OLDEST_ENDS)
+        warning = functools.partial(Finding, WARNING)
         paused = [name for name in oldest
                   if any(one.code == "paused" for one in stops(name))]
         for name in sorted({*oldest} - {*paused}, key=oldest.__getitem__, reverse=True):
             most = max([0, *(one.slots for one in workers if one.takes(name))])
             [[n, first]] = self.store.rows(Sql.COUNT_WIDE, queue=name, widest=most)
             if n and most:
-                yield Finding(
-                    WARNING, "too-wide", f"{counted(n, 'job')} of queue {name} cannot "
-                    f"run: {first} needs more than {counted(most, 'slot')}, and no "
-                    "worker has more", "`queuectl worker start --count N` starts a "
-                    f"larger one; or `queuectl edit {first} --slots {most}`")
+                yield warning(
+                    "too-wide", f"{counted(n, 'job')} of queue {name} cannot run: "
+                    f"{first} needs more than {counted(most, 'slot')}, and no worker "
+                    "has more", "`queuectl worker start --count N` starts a larger "
+                    f"one; or `queuectl edit {first} --slots {most}`")
             if most and oldest[name] < LONG_WAIT:
                 continue
             [[n]] = self.store.rows(Sql.COUNT_DUE, queue=name, now=iso(now),
                                     most=DUE_COUNTED, widest=MAX_SLOTS)
-            why = [*stops(name), Finding(
-                WARNING, "long-wait", "", "start more workers, or see with `queuectl "
-                "status` what runs instead")][0]
+            why = [*stops(name), warning("long-wait", "", "start more workers, or see "
+                                         "with `queuectl status` what runs instead")][0]
             text = f"queue {name} has {n}{'+' * (n == DUE_COUNTED)} due " \
                 f"job{'s' * (n != 1)}, the oldest for {span(oldest[name])}"
             yield why._replace(message=f"{text}; {why.message}".rstrip("; "))
         if paused and len(paused) == len(oldest):
-            yield Finding(
-                WARNING, "paused", "all due jobs are in paused queues: "
-                + ", ".join(paused), "`queuectl resume` starts them"
-                if self.is_all_paused() else f"`queuectl resume --queue {paused[0]}`")
-        patience = LATE_SCHEDULE if workers else 0.0
+            yield warning(
+                "paused", f"all due jobs are in paused queues: {', '.join(paused)}",
+                "`queuectl resume` starts them" if self.is_all_paused()
+                else f"`queuectl resume --queue {paused[0]}`")
         for one in sorted(self.schedules(), key=lambda one: one.next_run):
             last = self.last_job(one)
             if one.paused:
                 continue
             if last and self._skips(one, last):
-                yield Finding(
-                    WARNING, "schedule-skips", f"schedule {one.name} skips runs "
-                    f"({one.skipped} so far): {last.id} is still {last.state}",
+                yield warning(
+                    "schedule-skips", f"schedule {one.name} skips runs ({one.skipped} "
+                    f"so far): {last.id} is still {last.state}",
                     f"`queuectl show {last.id}`; a --timeout ends a run that hangs")
             if last and last.state == DEAD:
-                yield Finding(WARNING, "schedule-failed", f"the last job of schedule "
-                              f"{one.name}, {last.id}, is dead: {last.error}",
+                yield warning("schedule-failed", f"the last job of schedule {one.name},"
+                              f" {last.id}, is dead: {last.error}",
                               f"`queuectl logs {last.id}`")
-            if one.next_run < iso(now - patience):
-                yield Finding(
-                    WARNING, "overdue-schedule" if workers else "no-worker",
-                    f"schedule {one.name} has been due for "
+            if one.next_run < iso(now - (LATE_SCHEDULE if workers else 0.0)):
+                late = f"schedule {one.name} has been due for " \
                     f"{span(now - epoch(one.next_run))}, and "
-                    + ("its workers do not run it" if workers
-                       else "no worker is running"),
-                    "see `queuectl worker list`" if workers
-                    else "`queuectl worker start` starts one")
-        settings = self.store.settings()._asdict().items()
-        hooks = [key for key, value in settings if key.startswith("on_") and value]
-        if hooks and workers and HOOKS_QUEUE not in oldest \
-                and not any(one.takes(HOOKS_QUEUE) for one in workers):
-            yield Finding(WARNING, "hooks", "no worker takes queue hooks, so the "
-                          f"command of {hooks[0].replace('_', '-')} will not run",
+                yield warning("overdue-schedule", f"{late}its workers do not run it",
+                              "see `queuectl worker list`") if workers else warning(
+                                  "no-worker", f"{late}no worker is running",
+                                  "`queuectl worker start` starts one")
+        hooks = [key for key, value in self.store.settings()._asdict().items()
+                 if key.startswith("on_") and value]
+        if hooks and workers and HOOKS_QUEUE not in oldest and "no-worker" in [
+                one.code for one in stops(HOOKS_QUEUE)]:
+            yield warning("hooks", "no worker takes queue hooks, so the command of "
+                          f"{hooks[0].replace('_', '-')} will not run",
                           "`queuectl worker start --queue hooks`")
         for job in stuck:
-            yield Finding(WARNING, "blocked", f"{counted(n_stuck, 'job')} cannot run: "
-                          f"{job.id} {self.why_stuck(job)}",
-                          "retry or cancel what they come after; "
-                          "`queuectl list --state pending` shows it")
+            yield warning("blocked", f"{counted(n_stuck, 'job')} cannot run: {job.id} "
+                          f"{self.why_stuck(job)}", "retry or cancel what they come "
+                          "after; `queuectl list --state pending` shows it")
 
     @staticmethod
     def _skips(schedule: Schedule, last: Job) -> bool:
@@ -4880,7 +4854,6 @@ class Queue:
         return self._change("hold", job_ids)
 
     def release(self, *job_ids: str) -> list[Job]:
-        """End the hold of jobs."""
         return self._change("release", job_ids)
 
     def edit(self, *job_ids: str, **fields: Any) -> list[Job]:
@@ -4901,12 +4874,8 @@ class Queue:
                                    f"{state}", f"`queuectl retry {job.id}` retries any "
                                    "job")
             jobs = change(jobs, _refuse)
-        self._wake_for(verb)
+        self.wake(NEW_ORDERS if verb == "cancel" else NEW_JOBS)
         return jobs
-
-    def _wake_for(self, verb: str) -> None:
-        if verb != "delete":    # it unblocks nothing
-            self.wake(NEW_ORDERS if verb == "cancel" else NEW_JOBS)
 
     def _changer(self, verb: str, fields: Mapping[str, Any]
                  ) -> Callable[[list[Job], Skip], list[Job]]:
@@ -4960,8 +4929,8 @@ class Queue:
                     found = self._jobs(states, sort, SWEEP_BATCH, **place)
                     changed = change([job for job in found
                                       if job.state in STATES_FOR[verb]], kept.append)
-                if changed:
-                    self._wake_for(verb)
+                if changed and verb != "delete":    # which unblocks nothing
+                    self.wake(NEW_ORDERS if verb == "cancel" else NEW_JOBS)
                 yield changed       # outside the transaction, as the caller may be slow
                 n, is_more = n + len(changed), len(found) == SWEEP_BATCH
                 if is_more:
@@ -5014,8 +4983,6 @@ class Queue:
                                f"`queuectl show {job.id}` says more")
         return changed
 
-    # Queues, schedules, settings, workers.
-
     def pause(self, *queues: str) -> None:
         """Stop claiming from these queues (default: all); running jobs continue."""
         self._set_queues(queues, Sql.SET_PAUSED, paused=True)
@@ -5039,7 +5006,6 @@ class Queue:
         self.wake(NEW_JOBS)
 
     def schedules(self) -> list[Schedule]:
-        """All schedules, by name."""
         return self.store.schedules()
 
     def schedule(self, name: str) -> Schedule:
