@@ -9627,20 +9627,19 @@ class Reply(NamedTuple):
     body: bytes = b""
     kind: str = JSON_TYPE
     headers: tuple[tuple[str, str], ...] = ()
-    log: str = ""                   # a line for the log: the result of a change
+    log: str = ""                   # a line for the log, after a change
     follows: int | None = None      # stream the events after this one; -1: from now on
 
 
 class Route(NamedTuple):
     method: str
     path: str                   # the segment ID matches a job's id
-    name: str
     summary: str
     reply: str                  # the name of its schema, or its media type
     answer: Callable[[Queue, Request], Any]     # a Reply, or a value to show as JSON
     params: tuple[Field, ...] = ()
     body: str = ""              # the name of its schema; "": none
-    refusals: tuple[int, ...] = ()      # beside those of every route
+    status: int = 200
 
 
 def denied(status: int, message: str, hint: str = "",
@@ -9650,8 +9649,8 @@ def denied(status: int, message: str, hint: str = "",
     return error
 
 
-def json_reply(value: Any, status: int = 200, log: str = "") -> Reply:
-    return Reply(status, dumps(value, None).encode(), log=log)
+def json_reply(value: Any, status: int) -> Reply:
+    return Reply(status, dumps(value, None).encode())
 
 
 def refusal_reply(error: QueueError) -> Reply:
@@ -9666,18 +9665,6 @@ def refusal_reply(error: QueueError) -> Reply:
                        error.status)
     retry = (("Retry-After", "2"),) if error.status == 503 else ()
     return reply._replace(headers=error.headers or retry)
-
-
-def _a_span(text: str, now: float) -> float:
-    if not re.fullmatch(SPAN_FORM, text):
-        raise Invalid(f"{text!r} is not a duration", f"use {DURATION_FORMS}")
-    return parse_duration(text)
-
-
-def _a_cursor(text: str, now: float) -> int:
-    if not re.fullmatch("[1-9][0-9]{0,17}", text):      # a seq of 64 bits
-        raise Invalid(f"{text!r} is not a cursor", "use `next` of the previous page")
-    return int(text)
 
 
 def _whole_param(name: str, least: int, most: int, help: str) -> Field:
@@ -9732,16 +9719,9 @@ def _bounded_int(digits: str) -> int:
     return int(digits)
 
 
-def _number(text: str) -> float:
-    # JSON has one kind of number: 5.0 is the whole number 5. Floats are exact to 1e15.
-    value = float(text)
-    return int(value) if abs(value) < 1e15 and value.is_integer() else value
-
-
 def parsed_json(text: bytes) -> Any:
     try:
-        return json.loads(text.decode("utf-8"), parse_int=_bounded_int,
-                          parse_float=_number)
+        return json.loads(text.decode("utf-8"), parse_int=_bounded_int)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -9780,11 +9760,6 @@ def _object_body(request: Request, *keys: str) -> dict[str, Any]:
 def _filters_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {key: field_value(FILTERS[key], value, time.time())
             for key, value in fields.items() if value is not None}
-
-
-def _jobs_reply(jobs: Sequence[Job], status: int = 200) -> Reply:
-    return json_reply([job_object(job) for job in jobs], status,
-                      counted(len(jobs), "job"))
 
 
 def get_session(queue: Queue, request: Request) -> dict[str, Any]:
@@ -9828,33 +9803,31 @@ def get_output(queue: Queue, request: Request) -> Reply:
                                           ("X-Total-Bytes", str(run.output_bytes))))
 
 
-def post_jobs(queue: Queue, request: Request) -> Reply:
+def post_jobs(queue: Queue, request: Request) -> Any:
     # If the unique key is taken, the reply is the job that has it, also with 201.
     given = json_body(request)
     if isinstance(given, list):
         if len(given) > MAX_BATCH:
             raise Invalid(f"more than {MAX_BATCH} jobs", "send them in parts")
-        return _jobs_reply(queue.enqueue_many(given), 201)
+        return list(map(job_object, queue.enqueue_many(given)))
     try:
-        job = queue.enqueue_many([given])[0]
+        return job_object(queue.enqueue_many([given])[0])
     except QueueError as error:
         error.item = None       # there is only one
         raise
-    return json_reply(job_object(job), 201, job.id)
 
 
 def _change_job(request: Request, change: Callable[..., list[Job]],
-                keys: Sequence[str] = (), log: str = "") -> Reply:
-    job = change(request.job_id, **_object_body(request, *keys))[0]
-    return json_reply(job_object(job), log=log or job.state)
+                keys: Sequence[str] = ()) -> dict[str, Any]:
+    return job_object(change(request.job_id, **_object_body(request, *keys))[0])
 
 
-def post_dlq_retry(queue: Queue, request: Request) -> Reply:
+def post_dlq_retry(queue: Queue, request: Request) -> list[dict[str, Any]]:
     fields = _object_body(request, "ids", *SELECTORS)
     if "ids" in fields:
         if len(fields) > 1:
             raise Invalid("ids and a filter are both given", "give one", "ids")
-        return _jobs_reply(queue.retry_dead(*_names(fields["ids"])))
+        return list(map(job_object, queue.retry_dead(*_names(fields["ids"]))))
     jobs = list[Job]()
     # In small transactions: one for a million jobs would hold the write lock too long,
     # and its reply would fill memory. The client repeats the request for the rest.
@@ -9862,14 +9835,13 @@ def post_dlq_retry(queue: Queue, request: Request) -> Reply:
         jobs += batch
         if len(jobs) >= MAX_BATCH:
             break
-    return _jobs_reply(jobs)
+    return list(map(job_object, jobs))
 
 
 def _change_pause(queue: Queue, request: Request,
-                  change: Callable[..., Any]) -> Reply:
-    name = _filters_of(_object_body(request, "queue")).get("queue")
-    change(*([name] if name else []))
-    return json_reply({"paused": queue.status().paused}, log=name or "all queues")
+                  change: Callable[..., Any]) -> dict[str, Any]:
+    change(*_filters_of(_object_body(request, "queue")).values())
+    return {"paused": queue.status().paused}
 
 
 def get_health(queue: Queue, request: Request) -> dict[str, Any]:
@@ -9930,17 +9902,6 @@ SCHEMAS: dict[str, dict[str, Any]] = {
                               "pattern": f"^{_NAME}$"}}, required=["ids"]),
         _body_schema({key: {**_or_null(FILTERS[key].kind.input),    # "" only in queries
                             "minLength": int(key != "search")} for key in SELECTORS})]}}
-REFUSALS = {    # without 500, which is a bug
-    400: "The request, a parameter or the body is invalid.",
-    401: "The token is missing or wrong.",
-    403: "A foreign Host or Origin, or a change with a read-only token.",
-    404: "There is no such job.", 405: "The path does not support the method.",
-    408: "The request took too long.", 409: "The job's state does not allow it.",
-    411: "A body without its length.", 413: f"A body over {MAX_BODY} bytes.",
-    414: f"Path and query over {MAX_TARGET} bytes.",
-    415: "A body that is not JSON.", 431: f"Headers over {MAX_HEAD} bytes.",
-    503: "The database is not available, or there are too many clients.",
-    507: "The disk is full."}
 PUBLIC = ("/healthz", "/metrics")       # need no token: they reveal no commands
 
 
@@ -9961,36 +9922,19 @@ def _media(name: str) -> dict[str, Any]:
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    # Refusals of every route, for example an unknown client or a missing database.
-    statuses = {400, 401, 403, 405, 408, 411, 413, 414, 431, 503, *route.refusals,
-                *((415, 507) if route.method != "GET" else ())}
-    done = {"description": "Done.", **_media(route.reply)}
-    replies = {"201" if route.name == "post_jobs" else "200": done, **{
-        str(status): {"description": REFUSALS[status], **_media("Error")}
-        for status in sorted(statuses)}}
-    params: list[dict[str, Any]] = [
-        {"name": param.name, "in": "query", "description": param.help,
-         "schema": param.kind.input} for param in route.params]
-    if "/ID" in route.path:
-        params.append({"name": "ID", "in": "path", "required": True,
-                       "schema": NAME_SCHEMA})
-    if route.name == "get_page":
-        replies["303"] = {"description": "The token is valid; sets a cookie."}
-        params.append({"name": "token", "in": "query", "schema": _TEXT,
-                       "description": "exchanged for a cookie"})
-    elif route.name == "get_output":
-        done["headers"] = {name: {"schema": _AMOUNT}
-                           for name in ("X-Run", "X-Total-Bytes")}
-    elif route.name == "get_events":
-        params.append({
-            "name": "Last-Event-ID", "in": "header",
-            "schema": {"type": "string", "pattern": "^[0-9]{1,18}$"}, "description":
-            "the `id` of the last event received; the stream begins with the next"})
     found: dict[str, Any] = {
-        "operationId": route.name, "summary": route.summary, "parameters": params,
-        "responses": replies}
+        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}"),
+        "summary": route.summary,
+        "parameters": [{"name": param.name, "in": "query", "description": param.help,
+                        "schema": param.kind.input} for param in route.params],
+        "responses": {
+            str(route.status): {"description": "Done.", **_media(route.reply)},
+            "default": {"description": "Refused.", **_media("Error")}}}
+    if "/ID" in route.path:
+        found["parameters"].append({"name": "ID", "in": "path", "required": True,
+                                    "schema": NAME_SCHEMA})
     if route.body:      # optional where {} is valid
-        found["requestBody"] = {"required": route.name == "post_jobs",
+        found["requestBody"] = {"required": route.body.startswith("NewJob"),
                                 **_media(route.body)}
     # Empty: needs no token (OpenAPI 3.1, Operation Object).
     return {**found, "security": []} if route.path in PUBLIC else found
@@ -10009,84 +9953,73 @@ def description(routes: Iterable[Route]) -> dict[str, Any]:
 
 
 ROUTES: tuple[Route, ...] = (
-    Route("GET", "/", "get_page", "The dashboard.", PAGE_TYPE,
+    Route("GET", "/", "The dashboard.", PAGE_TYPE,
           lambda queue, _: Reply(200, PAGE.encode(), PAGE_TYPE)),
-    Route("GET", "/api/session", "get_session", "The client's role, and the queue.",
-          "Session", get_session),
-    Route("GET", "/api/status", "get_status", "Counts, workers, next due job.",
-          "Status", lambda queue, _: status_object(queue.status())),
-    Route("GET", "/api/stats", "get_stats", "Throughput, success and times.", "Stats",
+    Route("GET", "/api/session", "The client's role, and the queue.", "Session",
+          get_session),
+    Route("GET", "/api/status", "Counts, workers, next due job.", "Status",
+          lambda queue, _: status_object(queue.status())),
+    Route("GET", "/api/stats", "Throughput, success and times.", "Stats",
           lambda queue, request: stats_object(
               queue.stats(request.params.get("since")),
               queue.covered(request.params.get("since"))),
-          (Field("since", Kind(_a_span, {"type": "string",
-                                         "pattern": f"^({SPAN_FORM})?$"}),
-                 help="only the last DUR; at most 8 days"),)),
-    Route("GET", "/api/history", "get_history", "Statistics by minute.",
-          "History", lambda queue, request: {"minutes": [
+          (Field("since", Kind(_timeless(parse_duration), {
+              "type": "string", "pattern": f"^({SPAN_FORM})?$"}),
+              help="only the last DUR; at most 8 days"),)),
+    Route("GET", "/api/history", "Statistics by minute.", "History",
+          lambda queue, request: {"minutes": [
               minute_object(minute) for minute in queue.history(
                   request.params.get("minutes", 60), request.params.get("queue"))]},
           (_whole_param("minutes", 1, MAX_MINUTES, "how many; default 60"),
            FILTERS["queue"])),
-    Route("GET", "/api/workers", "get_workers", "The workers and their running jobs.",
-          "[Worker]", lambda queue, _: [worker_object(one) for one in queue.workers()]),
-    Route("GET", "/api/queues", "get_queues",
-          "The queues, with pause, limit and counts.",
-          "[Queue]", lambda queue, _: [queue_object(one) for one in queue.queues()]),
-    Route("GET", "/api/schedules", "get_schedules", "The recurring jobs.", "[Schedule]",
+    Route("GET", "/api/workers", "The workers and their running jobs.", "[Worker]",
+          lambda queue, _: [worker_object(one) for one in queue.workers()]),
+    Route("GET", "/api/queues", "The queues, with pause, limit and counts.", "[Queue]",
+          lambda queue, _: [queue_object(one) for one in queue.queues()]),
+    Route("GET", "/api/schedules", "The recurring jobs.", "[Schedule]",
           lambda queue, _: [schedule_object(one, queue.last_job(one))
                             for one in queue.schedules()]),
-    Route("GET", "/api/jobs", "get_jobs", "A page of jobs, newest first.", "Page",
-          get_jobs, (
-              *FILTERS.values(),
-              _whole_param("limit", 1, MAX_PAGE,
-                           f"jobs per page; default {USUAL_PAGE}"),
-              Field("after", Kind(_a_cursor, {"type": "string",
-                                              "pattern": "^([1-9][0-9]{0,17})?$"}),
-                    help="`next` of the previous page"))),
-    Route("POST", "/api/jobs", "post_jobs",
-          "Add a job, or an array of them: all or none.", "Job|[Job]", post_jobs,
-          body="NewJob|[NewJob]", refusals=(409,)),
-    Route("GET", "/api/jobs/ID", "get_job", "A job with its runs.", "WholeJob", get_job,
-          refusals=(404,)),
-    Route("GET", "/api/jobs/ID/output", "get_output",
-          "The output of a run so far; empty before the first run.",
-          TEXT_TYPE, get_output, (
+    Route("GET", "/api/jobs", "A page of jobs, newest first.", "Page", get_jobs, (
+        *FILTERS.values(),
+        _whole_param("limit", 1, MAX_PAGE, f"jobs per page; default {USUAL_PAGE}"),
+        Field("after", Kind(lambda text, now: parse_whole(text, 1, 10**12), {
+            "type": "string", "pattern": "^([1-9][0-9]{0,11})?$"}),
+            help="`next` of the previous page"))),
+    Route("POST", "/api/jobs", "Add a job, or an array of them: all or none.",
+          "Job|[Job]", post_jobs, body="NewJob|[NewJob]", status=201),
+    Route("GET", "/api/jobs/ID", "A job with its runs.", "WholeJob", get_job),
+    Route("GET", "/api/jobs/ID/output",
+          "The output of a run so far; empty before the first run. X-Run is its number,"
+          " X-Total-Bytes the offset at its end.", TEXT_TYPE, get_output, (
               _whole_param("run", 1, 10**9, "number of the run; default the last"),
-              _whole_param("offset", 0, 10**12 - 1, "bytes to skip")),
-          refusals=(404,)),
-    Route("POST", "/api/jobs/ID/retry", "post_retry",
-          "Run a job again now, with changes if the body has any.",
-          "Job", lambda queue, request: _change_job(request, queue.retry, EDITABLE),
-          body="Changes", refusals=(404, 409)),
-    Route("POST", "/api/jobs/ID/cancel", "post_cancel",
-          "Cancel a job. A running one is terminated soon after the reply.",
-          "Job", lambda queue, request: _change_job(request, queue.cancel),
-          body="Nothing", refusals=(404, 409)),
-    Route("DELETE", "/api/jobs/ID", "delete_job",
+              _whole_param("offset", 0, 10**12 - 1, "bytes to skip"))),
+    Route("POST", "/api/jobs/ID/retry",
+          "Run a job again now, with changes if the body has any.", "Job",
+          lambda queue, request: _change_job(request, queue.retry, EDITABLE),
+          body="Changes"),
+    Route("POST", "/api/jobs/ID/cancel",
+          "Cancel a job. A running one is terminated soon after the reply.", "Job",
+          lambda queue, request: _change_job(request, queue.cancel), body="Nothing"),
+    Route("DELETE", "/api/jobs/ID",
           "Delete a job that is not running, and its history.", "Job",
-          lambda queue, request: _change_job(request, queue.delete, log="deleted"),
-          refusals=(404, 409)),
-    Route("POST", "/api/dlq/retry", "post_dlq_retry",
-          "Requeue dead jobs, by id or by filter.", "[Job]", post_dlq_retry,
-          body="WhichDead", refusals=(404, 409)),
-    Route("POST", "/api/pause", "post_pause",
-          "Pause one queue or all; running jobs continue.", "Paused",
-          lambda queue, request: _change_pause(queue, request, queue.pause),
+          lambda queue, request: _change_job(request, queue.delete)),
+    Route("POST", "/api/dlq/retry", "Requeue dead jobs, by id or by filter.", "[Job]",
+          post_dlq_retry, body="WhichDead"),
+    Route("POST", "/api/pause", "Pause one queue or all; running jobs continue.",
+          "Paused", lambda queue, request: _change_pause(queue, request, queue.pause),
           body="WhichQueue"),
-    Route("POST", "/api/resume", "post_resume",
-          "Resume one queue, or all that are not paused by name.",
-          "Paused", lambda queue, request: _change_pause(queue, request, queue.resume),
+    Route("POST", "/api/resume",
+          "Resume one queue, or all that are not paused by name.", "Paused",
+          lambda queue, request: _change_pause(queue, request, queue.resume),
           body="WhichQueue"),
-    Route("GET", "/api/events", "get_events",
-          "A stream of state changes and of the status.", EVENTS_TYPE, get_events),
-    Route("GET", "/healthz", "get_health", "Whether the database responds.", "Health",
-          get_health),
-    Route("GET", "/metrics", "get_metrics", "The metrics for Prometheus.", METRICS_TYPE,
+    Route("GET", "/api/events", "A stream of state changes and of the status, with "
+          "Last-Event-ID from that event on.", EVENTS_TYPE, get_events),
+    Route("GET", "/healthz", "Whether the database responds.", "Health", get_health),
+    Route("GET", "/metrics", "The metrics for Prometheus.", METRICS_TYPE,
           lambda queue, _: Reply(
               200, metrics_text(queue.scrape()).encode(), METRICS_TYPE)),
-    Route("GET", "/api/openapi.json", "get_openapi", "This description.",
-          "Description", lambda queue, _: description(ROUTES)))
+    Route("GET", "/api/openapi.json", "This description.", "Description",
+          lambda queue, _: description(ROUTES)))
 
 
 # ---- 18 Access ---------------------------------------------------------------
@@ -10356,19 +10289,24 @@ def admit(site: Site, request: Request) -> tuple[Route, Request] | Reply:
 def respond(route: Route, queue: Queue, request: Request) -> Reply:
     """Return the reply to an admitted request, for a change with a line for the log.
 
-        web: POST /api/jobs/job-1/cancel by bearer from 127.0.0.1: 200 cancelled
+        web: POST /api/jobs/job-1/cancel by bearer from 127.0.0.1: 200 job-1 cancelled
 
     Unauthenticated requests are not logged: they could fill the disk.
     """
     try:
         found = route.answer(queue, request)
-        reply = found if isinstance(found, Reply) else json_reply(found)
+        reply = found if isinstance(found, Reply) else json_reply(found, route.status)
     except QueueError as error:
-        reply = refusal_reply(error)
+        found, reply = error.message, refusal_reply(error)
     if route.method == "GET":
         return reply
     path = request.target.partition("?")[0]
-    result = reply.log or json.loads(reply.body or b"{}").get("error", "")
+    result = found      # an error, or jobs, a job, the paused queues
+    if isinstance(found, list):
+        result = counted(len(found), "job")
+    elif isinstance(found, dict):
+        result = " ".join(str(found[key]) for key in ("id", "state", "paused")
+                          if key in found)
     return reply._replace(log=one_line(
         f"web: {route.method} {cut(path, 200)} by {request.how} from {request.peer}: "
         f"{reply.status} {cut(result, 200)}").rstrip())
@@ -10673,7 +10611,7 @@ def _handler_class(service: Service, is_tls: bool) -> type:
 
         def send_error(self, code: int, message: str | None = None,
                        explain: str | None = None) -> NoReturn:
-            raise denied(code if code in REFUSALS else 400, message or "unreadable")
+            raise denied(code, message or "unreadable")
 
         def send_reply(self, reply: Reply) -> None:
             self.wfile = io.BytesIO()

@@ -5042,13 +5042,14 @@ class Web(Case):
         by = "by bearer from 127.0.0.1:"
         for method, target, body, line in (
                 ("POST", "/api/jobs", {"command": "\x1b[31mevil\nline", "id": "two"},
-                 f"web: POST /api/jobs {by} 201 two"),
+                 f"web: POST /api/jobs {by} 201 two pending"),
                 ("POST", "/api/jobs/one/cancel", None,
-                 f"web: POST /api/jobs/one/cancel {by} 200 cancelled"),
+                 f"web: POST /api/jobs/one/cancel {by} 200 one cancelled"),
                 ("POST", "/api/pause?x=%0A", {}, ""), ("GET", "/api/jobs", None, ""),
                 ("POST", "/api/pause", {"queue": "\x1b\n"},
                  f"web: POST /api/pause {by} 400 queue: '\\x1b\\n' is not a name"),
-                ("DELETE", "/api/jobs/one", None, f"web: DELETE /api/jobs/one {by} 200 deleted")):
+                ("DELETE", "/api/jobs/one", None,
+                 f"web: DELETE /api/jobs/one {by} 200 one cancelled")):
             self.assertEqual(self.ask(method, target, body).log, line)
 
     def test_a_database_that_does_not_answer_is_503(self):
@@ -7381,7 +7382,7 @@ class WebServer(Processes):
         self.assertEqual(ids(self.queue.jobs()), ["one"])
         log = self.read("web.log")
         self.assertNotIn("internal", log)
-        self.assertIn("web: POST /api/jobs by bearer from 127.0.0.1: 201 one\n", log)
+        self.assertIn("web: POST /api/jobs by bearer from 127.0.0.1: 201 one pending\n", log)
 
     def test_how_long_a_connection_lasts(self):
         _, port = self.web()
