@@ -1064,24 +1064,21 @@ def summary(rows: Iterable[tuple[str, int, int, float]]) -> Summary:
     those of TALLIED, `run:OUTCOME`; and `run_time` and `wait_time`, which alone have
     buckets and a total in seconds.
     """
-    counts: dict[str, int] = {}
-    buckets: dict[str, dict[int, int]] = {"run_time": {}, "wait_time": {}}
-    totals = {"run_time": 0.0, "wait_time": 0.0}
+    buckets: dict[str, dict[int, int]] = collections.defaultdict(collections.Counter)
+    totals: dict[str, float] = collections.defaultdict(float)
     for kind, bucket, n, total in rows:
-        if kind in buckets:
-            buckets[kind][bucket] = buckets[kind].get(bucket, 0) + n
-            totals[kind] += total
-        else:
-            counts[kind] = counts.get(kind, 0) + n
+        buckets[kind][bucket] += n
+        totals[kind] += total
+
+    def count(kind: str) -> int:
+        return sum(buckets[kind].values())
 
     def spread(kind: str) -> Spread:
-        count = sum(buckets[kind].values())
-        return Spread(count, totals[kind] / count if count else None,
+        return Spread(count(kind), totals[kind] / count(kind) if count(kind) else None,
                       *(percentile(buckets[kind], share) for share in (.5, .95, .99)))
     return Summary(
-        counts.get("enqueue", 0), counts.get("complete", 0), counts.get("fail", 0),
-        counts.get("bury", 0), counts.get("cancel", 0), counts.get(f"run:{LOST}", 0),
-        spread("run_time"), spread("wait_time"))
+        count("enqueue"), count("complete"), count("fail"), count("bury"),
+        count("cancel"), count(f"run:{LOST}"), spread("run_time"), spread("wait_time"))
 
 
 METRIC_BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0,
@@ -6426,21 +6423,22 @@ def metrics_text(scrape: Scrape) -> str:
     queues = sorted({DEFAULT_QUEUE, *(queue for queue, _ in scrape.jobs),
                      *(row[0] for row in scrape.tallies), *scrape.paused}
                     - {EVERY_QUEUE})
-    tallies: dict[tuple[str, str], dict[int, int]] = {}     # by queue and kind
-    totals: dict[tuple[str, str], float] = {}
+    # By queue and kind:
+    tallies: dict[tuple[str, str], dict[int, int]] = collections.defaultdict(dict)
+    totals: dict[tuple[str, str], float] = collections.defaultdict(float)
     for queue, kind, bucket, n, total in scrape.tallies:
-        tallies.setdefault((queue, kind), {})[bucket] = n
-        totals[queue, kind] = totals.get((queue, kind), 0.0) + total
+        tallies[queue, kind][bucket] = n
+        totals[queue, kind] += total
 
     def ever(queue: str, kind: str) -> int:
-        return sum(tallies.get((queue, kind), {}).values())
+        return sum(tallies[queue, kind].values())
 
     def times(kind: str) -> Iterator[tuple[str, float]]:
         for queue in queues:
-            counts = cumulated(tallies.get((queue, kind), {}))
+            counts = cumulated(tallies[queue, kind])
             for bound, n in zip([*map(repr, METRIC_BOUNDS), "+Inf"], counts):
                 yield "_bucket" + _labels(queue=queue, le=bound), n
-            yield "_sum" + _labels(queue=queue), totals.get((queue, kind), 0.0)
+            yield "_sum" + _labels(queue=queue), totals[queue, kind]
             yield "_count" + _labels(queue=queue), counts[-1]
 
     def by_queue(value: Callable[[str], float]) -> Iterator[tuple[str, float]]:
@@ -6503,12 +6501,10 @@ def metrics_text(scrape: Scrape) -> str:
 # environment; once wait(2) fails with ECHILD, none is left.
 
 def _watch_process(pid: int) -> int:
-    """Return a descriptor that becomes readable when the process exits; -1 before Linux
-    5.3, if the process is gone, or if no descriptor is free.
-    """
+    """Return a descriptor that becomes readable when the process exits, or -1."""
     try:
         return os.pidfd_open(pid)
-    except (AttributeError, OSError):
+    except (AttributeError, OSError):   # before Linux 5.3, or no descriptor is free
         return -1
 
 
@@ -6521,11 +6517,10 @@ def exit_words(status: int) -> str:
 
 
 class Archive:
-    """Writes files in `output-dir` by a daemon thread, which the first file starts.
-
-    The thread opens a file for each write, so the directory may come and go. Commands
-    that print faster than it writes wait for it (`is_behind`), but not once it hangs:
-    then output is left out of the files, with a line that says so. `tell` gets errors.
+    """Writes files in `output-dir` by a daemon thread, which opens a file for each
+    write, so that the directory may come and go. Commands that print faster than it
+    writes wait for it (`is_behind`), but not once it hangs: then output is left out,
+    and a line in the file says so. `tell` gets errors.
     """
     ROOM = 16 << 20     # bytes that wait to be written before commands have to
     PATIENCE = 5.0      # seconds without a write after which it hangs
@@ -6545,9 +6540,7 @@ class Archive:
         self._moved_at = 0.0    # monotonic: the last write, or the first after a rest
 
     def add(self, directory: str, job: Job) -> Callable[[bytes], None]:
-        """Create the file of a run; return a function that appends to it, and never
-        waits.
-        """
+        """Create the file of a run; return a function that appends to it."""
         self._directory = directory
         if self._queue is None:
             import queue    # the log has loaded it
@@ -6624,7 +6617,6 @@ class Archive:
                 time.sleep(self.PAUSE)
 
     def _note_lost(self) -> None:
-        """Try again to note what was lost, up to the first failure."""
         for path in list(self._lost):
             self._write(path, memoryview(b""))
             if path in self._lost:
@@ -6674,14 +6666,12 @@ class Command:
         self.ends_at = math.inf             # monotonic: its time-out
 
     def start(self, env: dict[bytes, bytes], shell: str, cwd: str = "") -> None:
-        """Start it in a new session, which Ctrl+C does not reach; OSError, ValueError.
-        The child changes to `cwd`, as posix_spawn(3) cannot.
-        """
+        """Start it in its own session, beyond Ctrl+C; OSError, ValueError."""
         text, lock = self.claim.job.command.encode(), self.claim.lock
         if text[:1] in (b"-", b"+"):    # options of a shell; not all know --
             text = b" " + text
         words = [shell.encode(), b"-c", text]
-        if cwd:
+        if cwd:     # posix_spawn(3) cannot change to it
             words = [b"/bin/sh", b"-c", b'cd -- "$1" || exit 126; shift; exec "$@"',
                      b"/bin/sh", cwd.encode(), *words]
         self.pipe, writer = os.pipe()
@@ -6692,8 +6682,7 @@ class Command:
             if lock >= 0:
                 os.set_inheritable(lock, True)
             self._begun = time.monotonic()
-            # Python ignores two signals, and execve(2) preserves that: `yes | head`
-            # would report an error.
+            # Python ignores two signals, which would make `yes | head` report an error.
             self.pid = os.posix_spawn(
                 words[0], words, env, file_actions=(
                     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -6709,8 +6698,8 @@ class Command:
             self.ends_at = self._begun + self._timeout
 
     def peek(self) -> int | None:
-        """Return the exit status, negative for a signal, or None if it runs. It stays
-        unreaped, so that its process id is not reused.
+        """Return the exit status, negative for a signal, or None; do not reap it, so
+        that its process id is not reused.
         """
         if self._status is None and hasattr(os, "waitid"):
             found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -6739,9 +6728,7 @@ class Command:
         return bool(piece)
 
     def finish(self) -> Outcome:
-        """Reap the exited command and read the rest of its output. The pipe stays open
-        while background processes have it.
-        """
+        """Reap the exited command and read the output so far of its processes."""
         try:
             status = self._reap() or 0
         except ChildProcessError:       # reaped by `kill_all`
@@ -6751,8 +6738,7 @@ class Command:
         if self.watch >= 0:
             os.close(self.watch)
             self.watch = -1
-        # At most 1 MiB, as background processes may write faster.
-        stop, seen = self.output.total + (1 << 20), -1
+        stop, seen = self.output.total + (1 << 20), -1  # others may go on printing
         while self.pipe >= 0 and seen < self.output.total < stop:
             seen = self.output.total
             self.read()
@@ -6867,9 +6853,7 @@ class Tree:
 
 
 class Trees:
-    """The process trees being killed. Each step reads /proc anew: a process may fork
-    before it gets the signal.
-    """
+    """The process trees being killed."""
 
     def __init__(self) -> None:
         self.at = math.inf                      # monotonic: the next step
@@ -6882,8 +6866,8 @@ class Trees:
         self.at = 0.0
 
     def step(self, locks: Locks | None, parents: Collection[int]) -> list[Tree]:
-        """Signal all trees; return those that are gone, or refused by other users. The
-        children of `parents` may be orphans. OSError if no descriptor is free: retry.
+        """Signal all trees; return those that are gone, or refused by other users.
+        OSError if no descriptor is free. Children of `parents` may be orphans.
         """
         begun = time.monotonic()
         self.at = begun + RESCUE_TICK
@@ -6909,9 +6893,8 @@ class Trees:
 
 def await_ends(queue: Queue, jobs: Sequence[Job],
                say: Callable[[str], object]) -> list[Job]:
-    """Wait until cancelled jobs have ended; as they are then. Refused for one that has
-    not ended ten seconds after `kill-grace`. Runs of dead workers are killed here (I6);
-    those of frozen workers are left to other workers.
+    """Wait until cancelled jobs have ended; as they are then. Runs of dead workers are
+    killed here (I6); those of frozen workers are left to other workers.
     """
     peers, trees, lost = Peers(queue), Trees(), dict[int, Run]()
     locks, grace = queue.host.locks, queue.store.settings().kill_grace
@@ -7102,7 +7085,7 @@ class Supervisor:
         now = time.monotonic()
         if self._status is not None or now < self._late_at:
             return
-        # It is late. Allow one more second: both may have been stopped, as by Ctrl+Z.
+        # Allow one more second: both may have been stopped, as by Ctrl+Z.
         if self._is_warned and now < self._late_at + 0.5:
             self._why_killed = f"the worker did not respond for {span(self._lease)}: "
             os.kill(self._worker, signal.SIGKILL)
