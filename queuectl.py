@@ -951,8 +951,8 @@ RECORD_PAUSE = 0.01    # seconds to collect ends of runs while slots have work
 
 
 def wanted_spares(pace: float, slots: int) -> int:
-    """How many jobs to claim ahead, as their runs are so short (`pace`: seconds, mean)
-    that slots would wait for commits: those that start in two RECORD_PAUSEs.
+    """How many jobs to claim ahead: as many as start in two RECORD_PAUSEs, if runs are
+    so short (`pace`: mean seconds) that slots would wait for commits.
     """
     if pace > 0.01:
         return 0
@@ -1355,9 +1355,7 @@ _ENV_NAME = "[A-Za-z_][A-Za-z0-9_]*"
 
 
 def as_utf8(text: str) -> str:
-    """Text from the system (an ASCII locale makes `é` two surrogates) as UTF-8;
-    UnicodeError.
-    """
+    """Text from the system, which has surrogates in an ASCII locale; UnicodeError."""
     return text if is_text(text) else os.fsencode(text).decode()
 
 
@@ -1460,8 +1458,8 @@ def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {**schema, "type": [*([kinds] if isinstance(kinds, str) else kinds), "null"]}
 
 
-# JSON Schema. `pattern` ignores other types than text. Those of durations and dates are
-# narrower than the parsers: a pattern cannot bound a sum, or the days of a month.
+# JSON Schema. A pattern ignores numbers. Those of durations and dates are narrower than
+# the parsers: a pattern cannot bound a sum, or the days of a month.
 _SPAN_PART = "[0-9]{1,6}([.][0-9]{1,3})?(ms|s|m)|[0-9]{1,4}([.][0-9]{1,3})?(h|d)"
 SPAN_FORM = f"({_SPAN_PART}){{1,3}}|[0-9]{{1,9}}([.][0-9]{{1,3}})?"
 _DATE_FORM = ("^20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])"
@@ -1541,8 +1539,8 @@ _TIME = Kind(
     {"metavar": "TIME", "type": _time_text})
 
 
-# In the order and the groups of the help. The last group is ignored in input, so that
-# `show --json` is valid input.
+# In the order and the groups of the help. The last group is ignored, so that the output
+# of `show --json` is valid input.
 FIELDS = {field.name: field._replace(group=group) for group, fields in {
     "the job": (
         Field("command", _COMMAND, "eu", "the shell command"),
@@ -1698,7 +1696,6 @@ def setting_key(key: str) -> str:
 
 
 def settings_of(stored: Mapping[str, str]) -> Settings:
-    """The settings in force; stored keys of a newer version are ignored."""
     return Settings(*(setting.kind.parse(stored.get(key, setting.default), 0.0)
                       for key, setting in SETTINGS.items()))
 
@@ -1706,10 +1703,9 @@ def settings_of(stored: Mapping[str, str]) -> Settings:
 def parse_keys(text: str) -> list[str]:
     """The keys of `id,exit-code`, each one of JSON_KEYS; else Invalid."""
     keys = text.replace("-", "_").split(",")
-    for key in keys:
-        if key not in JSON_KEYS:
-            raise Invalid(f"a job has no field {key!r}",
-                          "it has " + ", ".join(JSON_KEYS))
+    if unknown := [key for key in keys if key not in JSON_KEYS]:
+        raise Invalid(f"a job has no field {unknown[0]!r}",
+                      "it has " + ", ".join(JSON_KEYS))
     return keys
 
 
@@ -1820,10 +1816,10 @@ _MARK = re.compile(rb"\{#?\}")
 
 
 class Lines:
-    """Makes job objects of lines, or of items that end with NUL. With `words` each line
-    is an item of a template: it replaces `{}`, its number `{#}`. It is always one
-    argument, by default the last. `fields` are those of each job; the values of
-    variables in `copied` stay as they are.
+    """Makes job objects from lines, or from items that end with NUL. In a template,
+    `words`, the line replaces `{}`, its number `{#}`; it is always one argument, by
+    default the last. `fields` are those of each job; `copied` variables stay as they
+    are.
     """
 
     def __init__(self, null: bool = False, words: Sequence[bytes] = (),
@@ -5979,18 +5975,13 @@ def finding_lines(findings: Sequence[Finding], path: str, style: Style) -> list[
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    """Return JSON; a lone surrogate, which is a byte of other encodings (PEP 383),
-    becomes `?`.
-    """
+    """Return JSON; a byte that was not UTF-8, now a surrogate, becomes `?`."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return text.encode("utf-8", "replace").decode()
 
 
 def one_line(text: str) -> str:
-    """Return the text on one line, with control characters escaped.
-
-        "make\n\033[2Jtest"  ->  "make; \\x1b[2Jtest"
-    """
+    """Return the text on one line, with control characters escaped."""
     if text.isprintable():      # False for bidirectional controls, too
         return text
     return "".join(c if c.isprintable() or c == "\u200d"    # joins emoji
@@ -6015,9 +6006,7 @@ def columns(text: str) -> int:
 
 
 def cut(text: str, width: int, tail: int = 0) -> str:
-    """Shorten the text to that many columns, with an ellipsis; 0: no limit. `tail`:
-    characters kept of its end, as in `ab…f`.
-    """
+    """Shorten text to `width` columns (0: no limit): `abc…`, with a tail of 1 `ab…f`."""
     if width <= 0 or columns(text) <= width:
         return text
     painted = re.fullmatch(f"({PAINT})(.*)({PAINT})", text)
@@ -6417,9 +6406,8 @@ def _labels(**labels: str) -> str:
 
 
 def metrics_text(scrape: Scrape) -> str:
-    """Return the metrics in Prometheus' text format 0.0.4. A queue without jobs keeps
-    its series: a counter must never decrease.
-    """
+    """Return the metrics in Prometheus' text format 0.0.4."""
+    # Also queues without jobs: a counter must never disappear.
     queues = sorted({DEFAULT_QUEUE, *(queue for queue, _ in scrape.jobs),
                      *(row[0] for row in scrape.tallies), *scrape.paused}
                     - {EVERY_QUEUE})
@@ -6509,7 +6497,6 @@ def _watch_process(pid: int) -> int:
 
 
 def exit_words(status: int) -> str:
-    """Describe an exit status; negative: the signal that killed the process."""
     if status >= 0:
         return f"exit status {status}"
     names = {int(one): one.name for one in signal.Signals}
