@@ -62,7 +62,7 @@ Contents: `grep -n '^# ----' queuectl.py`
      1 Words        states, moves, limits, errors; times, sizes and names as text
      2 Records      rows and values as named tuples
      3 Rules        what follows a run's end, which job is next, histograms: pure
-     4 Cron         the runs of a schedule, also when clocks change: pure
+     4 Cron         the runs of a schedule, as of Debian's cron: pure
      5 Fields       job fields, filters, settings; job objects from JSON and lines
      6 SQL          every statement, the schema, its migrations
      7 SQLite       the database file: opening, transactions, commits, backup
@@ -835,7 +835,6 @@ class Status(NamedTuple):
 
 
 # ---- 3 Rules -----------------------------------------------------------------
-# Decisions without effects: time, randomness and rows are arguments.
 
 def backoff(failures: int, base: float, settings: Settings, chance: float) -> float:
     """Seconds to wait after the `failures`-th failed attempt: base, 2 base, 4 base ...
@@ -1093,7 +1092,6 @@ def cumulated(buckets: Mapping[int, int]) -> list[int]:
 
 
 # ---- 4 Cron ------------------------------------------------------------------
-# The times of a schedule, as in Debian's cron.
 
 # Field, lowest and highest value, names (counted from the lowest).
 CRON_FIELDS: tuple[tuple[str, int, int, tuple[str, ...]], ...] = (
@@ -6006,7 +6004,7 @@ def columns(text: str) -> int:
 
 
 def cut(text: str, width: int, tail: int = 0) -> str:
-    """Shorten text to `width` columns (0: no limit): `abc…`, with a tail of 1 `ab…f`."""
+    """Shorten text to `width` columns (0: no limit): `abc…`, or with a tail `ab…f`."""
     if width <= 0 or columns(text) <= width:
         return text
     painted = re.fullmatch(f"({PAINT})(.*)({PAINT})", text)
@@ -6539,7 +6537,7 @@ class Archive:
         return append
 
     def _append(self, path: bytes, piece: bytes) -> None:
-        if self._waiting() > self.ROOM and not self.is_behind():
+        if self._waiting() > self.ROOM and self._hangs():
             self._count(self._omitted, path, len(piece))
         else:
             self._note_omitted()
@@ -6563,14 +6561,16 @@ class Archive:
     def _waiting(self) -> int:
         return self._given - self._written
 
+    def _hangs(self) -> bool:
+        return time.monotonic() >= self._moved_at + self.PATIENCE
+
     def is_behind(self) -> bool:
-        return self._waiting() > self.ROOM \
-            and time.monotonic() < self._moved_at + self.PATIENCE
+        return self._waiting() > self.ROOM and not self._hangs()
 
     def report(self) -> None:
         if not self._waiting():
             self._note_omitted()
-        elif time.monotonic() >= self._moved_at + self.PATIENCE:
+        elif self._hangs():
             self._fail("it does not respond")
         for error, at in list(self._failed.items()):
             if at >= self._told.get(error, -math.inf) + self.AGAIN:
@@ -6580,8 +6580,7 @@ class Archive:
     def end(self, seconds: float) -> None:
         """Wait up to `seconds` for the rest to be written, unless the thread hangs."""
         until = time.monotonic() + seconds
-        while self._waiting() \
-                and time.monotonic() < min(until, self._moved_at + self.PATIENCE):
+        while self._waiting() and time.monotonic() < until and not self._hangs():
             time.sleep(self.PAUSE / 2)
         self.report()
 
@@ -11123,7 +11122,6 @@ def serve_agent(agent: Agent, fd: int) -> None:
 
 
 # ---- 21 Install --------------------------------------------------------------
-# How others start this program: a launcher, completion scripts, a systemd unit.
 
 # At each Tab the scripts run `queuectl __complete -- WORD...`; the last word is the one
 # under the cursor. The answer has one line per choice, `WORD<tab>MEANING`, or is
