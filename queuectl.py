@@ -2409,7 +2409,6 @@ class Sql:
 
     INSERT_SCHEDULE = _insert("schedules", *Schedule._fields)
     SCHEDULES = "SELECT * FROM schedules ORDER BY name"
-    SCHEDULE = "SELECT * FROM schedules WHERE name = :name"
     SET_SCHEDULE = "UPDATE schedules " + _set(
         "cron job tz catch_up paused next_run last_run last_job skipped") + """
          WHERE name = :name"""
@@ -3689,10 +3688,10 @@ class Ledger:
 
     def counts(self) -> dict[tuple[str, str], int]:
         """The number of jobs by queue and state, without zeros."""
-        counts = {(queue, state): n for queue, state, n in self.rows(Sql.COUNTS)}
-        for key, change in self._counts.items():
-            counts[key] = counts.get(key, 0) + change
-        return {key: n for key, n in counts.items() if n > 0}
+        counts = collections.Counter({
+            (queue, state): n for queue, state, n in self.rows(Sql.COUNTS)})
+        counts.update(self._counts)
+        return +counts
 
     def tally(self, now: float, queue: str, kind: str,
               value: float | None = None) -> None:
@@ -3724,10 +3723,10 @@ class Ledger:
         return [Worker(*row)._replace(queues=_words(row[7]), gpus=_words(row[13]))
                 for row in self.rows(Sql.WORKERS)]
 
-    def schedules(self, sql: str = Sql.SCHEDULES, **values: Any) -> list[Schedule]:
-        """The selected schedules; `job` is {} if it is no JSON object."""
+    def schedules(self) -> list[Schedule]:
+        """All schedules, by name; `job` is {} if it is no JSON object."""
         found = []
-        for row in self.rows(sql, **values):
+        for row in self.rows(Sql.SCHEDULES):
             job = None
             with contextlib.suppress(ValueError):
                 job = json.loads(row[2])
@@ -4133,16 +4132,15 @@ def current_directory() -> str:
     """The default cwd of jobs; Invalid if it cannot be stored."""
     try:
         return as_utf8(os.getcwd())
-    except FileNotFoundError:
-        raise Invalid("the current directory is gone", "give a cwd", "cwd") from None
-    except UnicodeError:
-        raise Invalid("the current directory's name is not UTF-8", "give a cwd",
+    except (FileNotFoundError, UnicodeError) as error:
+        raise Invalid("the current directory is gone" if isinstance(error, OSError)
+                      else "the current directory's name is not UTF-8", "give a cwd",
                       "cwd") from None
 
 
 def _states(state: str | Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(map(
-        parse_state, [state] if isinstance(state, str) else state)))
+    return [*dict.fromkeys(map(parse_state, [state] if isinstance(state, str)
+                               else state))]
 
 
 def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
@@ -4164,6 +4162,9 @@ def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse(why: QueueError) -> NoReturn:
     raise why
+
+
+_warning = functools.partial(Finding, WARNING)
 
 
 class Queue:
@@ -4519,7 +4520,7 @@ class Queue:
         def stops(queue: str) -> list[Finding]:
             _, paused, limit, counts = views.get(queue) \
                 or QueueView(queue, False, 0, {PROCESSING: 0})
-            return [Finding(WARNING, *row) for is_so, *row in (
+            return [_warning(*row) for is_so, *row in (
                 (all_paused, "paused", "all queues are paused", ""),
                 (paused, "paused", f"queue `{queue}` is paused", ""),
                 (limit and counts[PROCESSING] >= limit, "limit",
@@ -4541,13 +4542,13 @@ class Queue:
         for job in jobs:
             if job.state == PROCESSING and job.worker not in [
                     one.name for one in workers]:
-                found[job.id] = [Finding(
-                    WARNING, "no-worker", f"its worker {job.worker} is gone; "
+                found[job.id] = [_warning(
+                    "no-worker", f"its worker {job.worker} is gone; "
                     "`queuectl worker start` runs it again", "")]
             if job.waits is None:
                 continue
-            found[job.id] = [Finding(
-                WARNING, "blocked", f"after {id} ({state})",
+            found[job.id] = [_warning(
+                "blocked", f"after {id} ({state})",
                 f"retry {id}, or cancel what comes after it"
                 if state in (DEAD, CANCELLED) else "")
                 for state, id in (self._needed(job) if job.waits == BLOCKED else ())]
@@ -4638,14 +4639,13 @@ class Queue:
         now, workers = self.clock(), [one for one in workers if not one.is_expired]
         stops, oldest = self._stops(workers), self._oldest(
             [view.name for view in self.queues()], now, Sql.OLDEST_ENDS)
-        warning = functools.partial(Finding, WARNING)
         paused = [name for name in oldest
                   if any(one.code == "paused" for one in stops(name))]
         for name in sorted({*oldest} - {*paused}, key=oldest.__getitem__, reverse=True):
             most = max([0, *(one.slots for one in workers if one.takes(name))])
             [[n, first]] = self.store.rows(Sql.COUNT_WIDE, queue=name, widest=most)
             if n and most:
-                yield warning(
+                yield _warning(
                     "too-wide", f"{counted(n, 'job')} of queue {name} cannot run: "
                     f"{first} needs more than {counted(most, 'slot')}, and no worker "
                     "has more", "`queuectl worker start --count N` starts a larger "
@@ -4654,13 +4654,14 @@ class Queue:
                 continue
             [[n]] = self.store.rows(Sql.COUNT_DUE, queue=name, now=iso(now),
                                     most=DUE_COUNTED, widest=MAX_SLOTS)
-            why = [*stops(name), warning("long-wait", "", "start more workers, or see "
-                                         "with `queuectl status` what runs instead")][0]
+            why = [*stops(name), _warning(
+                "long-wait", "", "start more workers, or see with `queuectl status` "
+                "what runs instead")][0]
             text = f"queue {name} has {n}{'+' * (n == DUE_COUNTED)} due " \
                 f"job{'s' * (n != 1)}, the oldest for {span(oldest[name])}"
             yield why._replace(message=f"{text}; {why.message}".rstrip("; "))
         if paused and len(paused) == len(oldest):
-            yield warning(
+            yield _warning(
                 "paused", f"all due jobs are in paused queues: {', '.join(paused)}",
                 "`queuectl resume` starts them" if self.is_all_paused()
                 else f"`queuectl resume --queue {paused[0]}`")
@@ -4669,30 +4670,30 @@ class Queue:
             if one.paused:
                 continue
             if last and self._skips(one, last):
-                yield warning(
+                yield _warning(
                     "schedule-skips", f"schedule {one.name} skips runs ({one.skipped} "
                     f"so far): {last.id} is still {last.state}",
                     f"`queuectl show {last.id}`; a --timeout ends a run that hangs")
             if last and last.state == DEAD:
-                yield warning("schedule-failed", f"the last job of schedule {one.name},"
+                yield _warning("schedule-failed", f"the last job of schedule {one.name},"
                               f" {last.id}, is dead: {last.error}",
                               f"`queuectl logs {last.id}`")
             if one.next_run < iso(now - (LATE_SCHEDULE if workers else 0.0)):
                 late = f"schedule {one.name} has been due for " \
                     f"{span(now - epoch(one.next_run))}, and "
-                yield warning("overdue-schedule", f"{late}its workers do not run it",
-                              "see `queuectl worker list`") if workers else warning(
+                yield _warning("overdue-schedule", f"{late}its workers do not run it",
+                              "see `queuectl worker list`") if workers else _warning(
                                   "no-worker", f"{late}no worker is running",
                                   "`queuectl worker start` starts one")
         hooks = [key for key, value in self.store.settings()._asdict().items()
                  if key.startswith("on_") and value]
         if hooks and workers and HOOKS_QUEUE not in oldest and "no-worker" in [
                 one.code for one in stops(HOOKS_QUEUE)]:
-            yield warning("hooks", "no worker takes queue hooks, so the command of "
+            yield _warning("hooks", "no worker takes queue hooks, so the command of "
                           f"{hooks[0].replace('_', '-')} will not run",
                           "`queuectl worker start --queue hooks`")
         for job in stuck:
-            yield warning("blocked", f"{counted(n_stuck, 'job')} cannot run: {job.id} "
+            yield _warning("blocked", f"{counted(n_stuck, 'job')} cannot run: {job.id} "
                           f"{self.why_stuck(job)}", "retry or cancel what they come "
                           "after; `queuectl list --state pending` shows it")
 
@@ -5001,12 +5002,12 @@ class Queue:
 
     def schedule(self, name: str) -> Schedule:
         """The schedule of that name, else NotFound."""
-        found = self.store.schedules(Sql.SCHEDULE, name=name)
-        if not found:
+        known = {one.name: one for one in self.schedules()}
+        if name not in known:
             raise NotFound("no-such-schedule", f"there is no schedule {name!r}",
-                           nearest(name, [one.name for one in self.schedules()])
+                           nearest(name, known)
                            or "`queuectl schedule list` shows them")
-        return found[0]
+        return known[name]
 
     def last_job(self, schedule: Schedule) -> Job | None:
         """The last job of a schedule; None if there was none, or it was deleted."""
@@ -5028,7 +5029,7 @@ class Queue:
         schedule = Schedule(name, line, self._schedule_job(name, fields), False,
                             iso(now), "", None, None, zone, 0, None, catch_up)
         with self.store.transaction() as store:
-            if store.schedules(Sql.SCHEDULE, name=name):
+            if name in [one.name for one in store.schedules()]:
                 raise Conflict("schedule-exists",
                                f"there is a schedule {name!r} already",
                                f"`queuectl schedule edit {name}` changes it")
@@ -5561,9 +5562,9 @@ class Peers:
         restores the own row if it was removed.
         """
         lease = lease_of(self._store.settings())
-        # The runs first: a worker that starts between the two reads is alive.
-        runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
-        workers = {worker.id: worker for worker in self._store.workers() if runs}
+        with self._store.snapshot():    # a run may end, and its worker exit or start
+            runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
+            workers = {worker.id: worker for worker in self._store.workers() if runs}
         lost = {id for id, worker in workers.items() if id != self._own
                 and (self._ages.get(id, 0.0) >= lease
                      or self._host.is_alive(worker) is False)}
@@ -5706,20 +5707,13 @@ class Inspection:
                               f"`queuectl schedule edit {one.name}` mends it")
 
     def _lost_runs(self) -> Iterator[Finding]:
-        # In one snapshot: a run may end, and its worker exit, between two reads.
-        with self._store.snapshot():
-            runs = [Run(*row) for row in self._store.rows(Sql.UNDER_WAY)]
-            workers = {worker.id: worker for worker in self._store.workers()}
-        for run in runs:
-            owner = workers.get(run.worker_id)
-            if owner and self._queue.host.is_alive(owner) is not False:
-                continue
+        for run in Peers(self._queue).lost():
             left = sorted(self._queue.host.locks.holders(run.claim))
             said = f"; still running: {_pid_list(left)}" if left else ""
             jobs = self._store.jobs(Sql.JOB_BY_SEQ, seq=run.job)    # may be deleted
             name = jobs[0].id if jobs else f"job number {run.job}"
-            yield Finding(
-                WARNING, "lost-run",
+            yield _warning(
+                "lost-run",
                 f"run {run.number} of {name} has lost its worker {run.worker}{said}",
                 "`queuectl worker start` ends what is left and runs the job again")
 
@@ -5729,8 +5723,8 @@ class Inspection:
         for worker in status.workers:
             age = self._queue.clock() - epoch(worker.heartbeat_at)
             if worker.is_expired or age > worker.late_after:
-                yield Finding(
-                    WARNING, "silent-worker", f"worker {worker.name} on {worker.host} "
+                yield _warning(
+                    "silent-worker", f"worker {worker.name} on {worker.host} "
                     f"has sent no heartbeat for {span(age)}",
                     f"if it is gone, `queuectl worker stop {worker.name}` removes it"
                     if worker.is_expired else
@@ -5754,37 +5748,33 @@ class Inspection:
         thread.start()
         thread.join(CHECK_PATIENCE)
         if found[0]:
-            yield Finding(WARNING, "output-dir", f"output cannot be copied to "
-                          f"{directory}: {found[0]}",
-                          "mend that, or `queuectl config unset output-dir`")
+            yield _warning(
+                "output-dir", f"output cannot be copied to {directory}: {found[0]}",
+                "mend that, or `queuectl config unset output-dir`")
 
     def _ground(self) -> Iterator[Finding]:
-        path, wal = self._queue.path, 0
+        path = self._queue.path
         kind = filesystem_of(path, _read("/proc/self/mountinfo").decode(
             "utf-8", "replace"))
         if is_network_filesystem(kind):
-            yield Finding(WARNING, "network-filesystem",
-                          f"the file is on a network or shared file system ({kind}): "
-                          "SQLite's WAL is not safe there",
-                          "move it to a disk of this machine")
-        with contextlib.suppress(OSError):      # there may be none
-            wal = os.stat(path + "-wal").st_size
+            yield _warning("network-filesystem", "the file is on a network or shared "
+                           f"file system ({kind}): SQLite's WAL is not safe there",
+                           "move it to a disk of this machine")
+        wal = _stat(path + "-wal")[2]
         if wal > WAL_LARGE:
-            yield Finding(WARNING, "large-wal",
-                          f"the WAL has grown to {wal >> 20} MiB",
-                          "a program reads an old state of the file: end it; the WAL "
-                          "shrinks at a later commit")
+            yield _warning("large-wal", f"the WAL has grown to {wal >> 20} MiB",
+                           "a program reads an old state of the file: end it; the WAL "
+                           "shrinks at a later commit")
         disk = os.statvfs(os.path.dirname(path))
         free = disk.f_bavail * disk.f_frsize    # f_bfree has root's reserve
         if free < DISK_LOW and not self._store.db.is_read_only:
-            yield Finding(WARNING, "disk-low", f"{free >> 20} MiB are free on the disk",
-                          "free some space: without it no job can be added or recorded")
+            yield _warning("disk-low", f"{free >> 20} MiB are free on the disk", "free "
+                           "some space: without it no job can be added or recorded")
         mode = os.stat(path).st_mode & 0o777
         if mode & 0o077:
-            yield Finding(WARNING, "open-mode",
-                          f"other users may access the file (mode {mode:o}): whoever "
-                          "writes it runs commands as the user of its workers",
-                          f"chmod 600 {path}*")
+            yield _warning("open-mode", f"other users may access the file (mode "
+                           f"{mode:o}): whoever writes it runs commands as the user of "
+                           "its workers", f"chmod 600 {path}*")
 
 
 # ---- 13 Views ----------------------------------------------------------------
