@@ -4675,14 +4675,14 @@ class Queue:
                     f"so far): {last.id} is still {last.state}",
                     f"`queuectl show {last.id}`; a --timeout ends a run that hangs")
             if last and last.state == DEAD:
-                yield _warning("schedule-failed", f"the last job of schedule {one.name},"
-                              f" {last.id}, is dead: {last.error}",
-                              f"`queuectl logs {last.id}`")
+                yield _warning("schedule-failed", "the last job of schedule "
+                               f"{one.name}, {last.id}, is dead: {last.error}",
+                               f"`queuectl logs {last.id}`")
             if one.next_run < iso(now - (LATE_SCHEDULE if workers else 0.0)):
                 late = f"schedule {one.name} has been due for " \
                     f"{span(now - epoch(one.next_run))}, and "
                 yield _warning("overdue-schedule", f"{late}its workers do not run it",
-                              "see `queuectl worker list`") if workers else _warning(
+                               "see `queuectl worker list`") if workers else _warning(
                                   "no-worker", f"{late}no worker is running",
                                   "`queuectl worker start` starts one")
         hooks = [key for key, value in self.store.settings()._asdict().items()

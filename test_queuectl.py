@@ -3282,7 +3282,7 @@ class Ticks(Case):
             found = read(sql, **values)
             if sql == queuectl.Sql.WORKERS and not came:
                 came.append(True)
-                self.claim(self.worker(name="newcomer"))
+                self.claim(self.worker(self.a_queue(), name="newcomer"))
             return found
         with mock.patch.object(self.queue.store, "rows", rows):
             self.assertEqual(self.peers(watcher).lost(), [])
