@@ -11929,27 +11929,27 @@ SHOWN_RUNS = 20        # runs that `show` shows a person
 READER_TICK = 0.1      # seconds between two looks whether stdout is still read
 
 
-def _print_array(objects: Iterable[dict[str, Any]], screen: Screen) -> None:
-    """A JSON array, an element at a time: any number needs little memory."""
+def _print_json(value: Any, screen: Screen) -> None:
+    """Print an object, indented for people; any other iterable as an array, a line per
+    element, so that any number needs little memory.
+    """
+    if isinstance(value, dict):
+        screen.out(dumps(value, 2 if sys.stdout.isatty() else None))
+        return
     line = "["
-    for one in objects:
+    for one in value:
         screen.out(line)
-        line = "  " + dumps(one, None) + ","
+        line = "  " + dumps(one) + ","
     screen.out(line.rstrip(",") + ("]" if line == "[" else "\n]"))
-
-
-def _json_of(value: object) -> str:
-    """JSON, indented for people; on one line for programs."""
-    return dumps(value, 2 if sys.stdout.isatty() else None)
 
 
 def _view(args: argparse.Namespace, screen: Screen, found: object,
           lines: Iterable[str]) -> None:
-    if args.json and isinstance(found, list):
-        _print_array(found, screen)
+    if args.json:
+        _print_json(found, screen)
     else:
-        screen.out(*([_json_of(found)] if args.json else [
-            part for line in lines for part in fold(line, screen.style().width)]))
+        width = screen.style().width
+        screen.out(*(part for line in lines for part in fold(line, width)))
 
 
 def _whys(queue: Queue, jobs: Iterable[Job]) -> dict[str, str]:
@@ -12002,12 +12002,29 @@ def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
     return EX_OK if done else job.exit_code or EX_NO, jobs
 
 
+def _report(args: argparse.Namespace, queue: Queue, screen: Screen, jobs: Iterable[Job],
+            say: Callable[[Iterable[Job]], object]) -> int:
+    """Say what was done to jobs; with --wait wait for them. With --json, stdout is one
+    JSON text, so then they are printed as they are when they are over.
+    """
+    if not vars(args).get("wait"):
+        say(jobs)
+        return EX_OK
+    jobs, status = [*jobs], EX_OK
+    if not args.json:
+        say(jobs)
+    if jobs:
+        status, jobs = _await(queue, screen, [job.id for job in jobs])
+    if args.json:
+        say(jobs)
+    return status
+
+
 def _say_added(jobs: Sequence[Job], new: int, args: argparse.Namespace,
                screen: Screen) -> None:
     known, (is_batch, _) = len(jobs) - new, args.given
     if args.json:
-        _view(args, screen, [*map(job_object, jobs)] if is_batch
-              else job_object(jobs[0]), ())
+        _print_json(map(job_object, jobs) if is_batch else job_object(jobs[0]), screen)
     elif args.quiet or not is_batch:
         screen.out(*(job.id for job in jobs))
     elif known:
@@ -12067,23 +12084,17 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     if args.stream:
         return _enqueue_stream(args, queue, screen)
     jobs, new = _add(queue, args.given[1], screen)
-    # With both, stdout is one JSON text: the jobs as they are when they are over.
-    if not (args.wait and args.json):
-        _say_added(jobs, new, args, screen)
     n, stuck = queue.stuck(held=True, among=[
         job for job in jobs if job.waits == BLOCKED])
     for job in stuck:
         more = f" and {n - 1} more" if n > 1 else ""
         screen.note(f"warning: {job.id}{more} cannot run: it {queue.why_stuck(job)}; "
                     "retry or release that job")
-    if jobs and args.wait:
-        status, jobs = _await(queue, screen, [job.id for job in jobs])
-        if args.json:
-            _say_added(jobs, new, args, screen)
-        return status
-    if jobs:
+    status = _report(args, queue, screen, jobs,
+                     lambda jobs: _say_added([*jobs], new, args, screen))
+    if jobs and not args.wait:
         _note_no_worker(queue, screen)
-    return EX_OK
+    return status
 
 
 @contextlib.contextmanager
@@ -12157,13 +12168,15 @@ def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     """Print the status; with --watch again and again: in place on a terminal, else when
     something has changed, other than ages.
     """
-    in_place = args.watch is not None and is_drawable(sys.stdout) and not args.json
+    in_place = is_drawable(sys.stdout) and not args.json
     known, picture = None, ""
     try:
         while True:
             seen, status = queue.store.changes(), queue.status()
-            lines = status_lines(status, screen.style()) if not args.json else [
-                (_json_of if args.watch is None else dumps)(status_object(status))]
+            lines, found = status_lines(status, screen.style()), status_object(status)
+            if args.watch is None:
+                _view(args, screen, found, lines)
+                return
             what = status_object(status._replace(
                 workers=[one._replace(heartbeat_at="") for one in status.workers],
                 attention=[one._replace(message="") for one in status.attention]))
@@ -12177,10 +12190,8 @@ def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
                     f"\033[K{line}\n" for line in lines) + "\033[?7h\033[J"
                 screen.raw(f"{picture}\033[{len(lines)}A".encode())
             elif what != known:
-                stamp = [f"-- {local_time(screen.style().now)}"]
-                screen.out(*stamp * bool(known and not args.json), *lines)
-            if args.watch is None:
-                return
+                stamp = [f"-- {local_time(screen.style().now)}"] * bool(known)
+                screen.out(*[dumps(found)] if args.json else [*stamp, *lines])
             known = what
             screen.flush()
             _await_news(queue, screen, seen, args.watch)
@@ -12219,7 +12230,7 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     filters, style, states = _filters(args), screen.style(), tuple(args.state or ())
     if args.json:   # by the page, or all in memory, if they are to be sorted
         limit, is_sorted = args.limit or 0, len(states) > 1 or args.sort != "newest"
-        _print_array(({**job_object(job, args.fields or JSON_KEYS), **(
+        _print_json(({**job_object(job, args.fields or JSON_KEYS), **(
             {"output": _output_of(queue, job).decode("utf-8", "replace")}
             if args.show_output else {})} for job in (
                 queue.jobs(states, args.sort, limit, **filters) if is_sorted
@@ -12257,7 +12268,7 @@ def cmd_show(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     job = queue.shown(args.id)
     reasons = queue.waiting_for(job)
     if args.json:
-        screen.out(_json_of(show_object(job, queue.runs(args.id), reasons)))
+        _print_json(show_object(job, queue.runs(args.id), reasons), screen)
         return
     runs = queue.runs(args.id, SHOWN_RUNS)
     screen.out(*show_lines(job, runs, reasons, queue.store.settings(), screen.style()))
@@ -12388,10 +12399,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     if args.json:
         found = [output_object(job, run, _start(run, args), run.output_bytes)
                  for job, run in zip(jobs, runs)]
-        if len(found) > 1:
-            _print_array(found, screen)
-        else:
-            screen.out(dumps(found[0], None))
+        _print_json(found if len(found) > 1 else found[0], screen)
         return
     for place, (job_id, run) in enumerate(zip(args.ids, runs)):
         output = _last_lines(readable(run.output, run.output_bytes, args.start or 0),
@@ -12403,39 +12411,36 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
 NOT_IDS = "instead of ids"      # the group of flags that choose jobs
 
 
-def _is_wide(args: argparse.Namespace) -> bool:
-    """Whether filters choose the jobs, and not ids; Usage if both do, or neither."""
-    filters, has_state = _filters(args), "state" in {*vars(args)} - {*args.entry.preset}
-    is_wide = bool(args.all or filters or (has_state and args.state))
+# What was done to jobs.
+DONE_TO = {"retry": "pending again", "cancel": "cancelled", "delete": "deleted",
+           "edit": "edited", "wait": "waited for", "hold": "held",
+           "release": "released"}
+# The states of the jobs to change, if none is named.
+USUAL_STATES = {**STATES_FOR, "retry": (FAILED, DEAD, CANCELLED), "delete": OVER}
+
+
+def _choice(verb: str, args: argparse.Namespace
+            ) -> tuple[Sequence[str], dict[str, Any]] | None:
+    """The states and filters that choose the jobs, or None if ids do; Usage if both do,
+    or neither, or if the verb does not apply to a state.
+    """
+    filters, is_preset = _filters(args), "state" in args.entry.preset
+    is_wide = bool(args.all or filters or (args.state and not is_preset))
     if bool(args.ids) == is_wide:
         flags = [one.names[0] for one in args.entry.options if one.group == NOT_IDS]
         raise Usage("ids and filters are both given" if is_wide
                     else "no jobs are named",
                     f"give ids, or {', '.join(flags[:-1])} or {flags[-1]}")
+    if not is_wide:
+        return None
     for name, value in filters.items():
         if value == "":     # as of a shell's variable that is not set
-            raise Usage(f"--{name} names nothing",
-                        "leave it out, or name what is meant")
-    return is_wide
-
-
-# What was done to jobs; the states of those to change, if none is named.
-VERBS = {"retry": ("pending again", (FAILED, DEAD, CANCELLED)),
-         "cancel": ("cancelled", STATES_FOR["cancel"]), "delete": ("deleted", OVER),
-         "edit": ("edited", STATES_FOR["edit"]),
-         "wait": ("waited for", STATES_FOR["wait"]), "hold": ("held", WAITING),
-         "release": ("released", WAITING)}
-
-
-def _fitting(verb: str,
-             args: argparse.Namespace) -> tuple[Sequence[str], dict[str, Any]]:
-    """The states to change, and the filters; Usage for a wrong state."""
-    said, unnamed = VERBS[verb]
-    states, filters = args.state or unnamed, _filters(args)
+            raise Usage(f"--{name} is empty", "give a value, or leave it out")
+    states = args.state or USUAL_STATES[verb]
     for state in states:
         if state not in STATES_FOR[verb]:
-            raise Usage(f"{state} jobs cannot be {said}",
-                        "these can: " + ", ".join(STATES_FOR[verb]))
+            raise Usage(f"{verb} does not apply to {state} jobs",
+                        "it applies to: " + ", ".join(STATES_FOR[verb]))
     if "older_than" in filters and {*states} & {*WAITING}:
         raise Usage("--older-than counts from a job's end",
                     "it fits " + ", ".join(OVER))
@@ -12444,13 +12449,13 @@ def _fitting(verb: str,
 
 def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Wait for jobs: with --all or --queue alone also for those added meanwhile."""
-    is_wide, (states, filters) = _is_wide(args), _fitting("wait", args)
-    status, jobs, job_ids = EX_OK, list[Job](), args.ids
-    if is_wide and (args.state or {*filters} - {"queue"}):
-        job_ids = [job.id for job in queue.pages(state=states, **filters)]
+    choice, status, jobs = _choice("wait", args), EX_OK, list[Job]()
+    job_ids = args.ids
+    if choice and (args.state or {*choice[1]} - {"queue"}):
+        job_ids = [job.id for job in queue.pages(state=choice[0], **choice[1])]
         if not job_ids:
             screen.note("no unfinished jobs fit")
-    elif is_wide:
+    elif choice:
         bar = _bar(screen, queue, lambda: queue.jobs(
             WAITING, "oldest", PEOPLE_LIMIT, queue=args.queue))
         before = queue.last_event()
@@ -12464,7 +12469,7 @@ def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     if job_ids:
         status, jobs = _await(queue, screen, job_ids, args.timeout)
     if args.json:
-        _print_array(map(job_object, jobs), screen)
+        _print_json(map(job_object, jobs), screen)
     return status
 
 
@@ -12472,7 +12477,7 @@ def _say_jobs(jobs: Iterable[Job], said: str, args: argparse.Namespace,
               screen: Screen) -> None:
     """Report what was done to jobs as it is done, also if it is interrupted."""
     if args.json:
-        _print_array(map(job_object, jobs), screen)
+        _print_json(map(job_object, jobs), screen)
         return
     n, first = 0, ""
     try:
@@ -12481,8 +12486,9 @@ def _say_jobs(jobs: Iterable[Job], said: str, args: argparse.Namespace,
     except KeyboardInterrupt:
         screen.note(f"interrupted: {n:,} jobs {said}")
         raise
-    screen.note(f"{first} {said}" if n == 1 else
-                f"{n:,} jobs {said}" if n else "no such jobs")
+    if n or not args.ids:       # else all have completed before
+        screen.note(f"{first} {said}" if n == 1 else
+                    f"{n:,} jobs {said}" if n else "no such jobs")
 
 
 def _amounts(queue: Queue, states: Sequence[str], filters: Mapping[str, Any]) -> str:
@@ -12491,100 +12497,88 @@ def _amounts(queue: Queue, states: Sequence[str], filters: Mapping[str, Any]) ->
     return ", ".join(f"{n:,} {state}" for n, state in counted if n)
 
 
-def _confirm(verb: str, queue: Queue, states: Sequence[str],
-             filters: Mapping[str, Any]) -> None:
-    """Ask before jobs are removed; without a terminal on stdin require --yes."""
-    if not (sys.stdin and sys.stdin.isatty()):
-        raise Usage("this needs a confirmation, and stdin is not a terminal",
-                    "give --yes")
-    amounts = _amounts(queue, states, filters)
-    try:
-        if amounts:
-            print(f"This will {verb} jobs: {amounts}. Go on? [y/N] ", end="",
-                  file=sys.stderr, flush=True)
-    except OSError as error:
-        raise Unavailable("unwritable", f"the question could not be written ({error})",
-                          "give --yes") from None
-    if amounts and sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise Refused("declined", "nothing was changed", "answer y, or give --yes")
-
-
-def _wide(verb: str, args: argparse.Namespace, queue: Queue,
-          screen: Screen) -> Iterator[Job]:
-    """Change all that fit, in small transactions; an interrupt keeps what is done."""
-    states, filters = _fitting(verb, args)
-    if verb in ("cancel", "delete") and not args.yes:
-        _confirm(verb, queue, states, filters)
+def _wide(verb: str, args: argparse.Namespace, queue: Queue, screen: Screen,
+          choice: tuple[Sequence[str], Mapping[str, Any]]) -> Iterator[Job]:
+    """Change all that fit, in small transactions; an interrupt keeps what is done. Ask
+    before jobs are removed; without a terminal on stdin require --yes.
+    """
+    states, filters = choice
+    if not vars(args).get("yes", True):
+        if not (sys.stdin and sys.stdin.isatty()):
+            raise Usage("this needs a confirmation, and stdin is not a terminal",
+                        "give --yes")
+        amounts = _amounts(queue, states, filters)
+        try:
+            if amounts:
+                print(f"This will {verb} jobs: {amounts}. Continue? [y/N] ", end="",
+                      file=sys.stderr, flush=True)
+        except OSError as error:
+            raise Unavailable("unwritable", "the question could not be written "
+                              f"({error})", "give --yes") from None
+        if amounts and sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise Refused("declined", "nothing was changed", "answer y, or give --yes")
     done, skipped = 0, list[QueueError]()
     for batch in queue.sweep(verb, states, skipped.append, _edits(args), **filters):
         done += len(batch)
-        screen.show(f"{done:,} jobs {VERBS[verb][0]} ...")
+        screen.show(f"{done:,} jobs {DONE_TO[verb]} ...")
         yield from batch
     if skipped:
-        screen.note(f"{len(skipped):,} left as "
-                    f"{'they are' if len(skipped) > 1 else 'it is'}: {skipped[0]}")
+        screen.note(f"{len(skipped):,} left unchanged: {skipped[0]}")
 
 
 def cmd_change(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Retry, edit or delete jobs (preset: `verb`, and `change`, a method of Queue)."""
-    is_wide, edits, (said, _) = _is_wide(args), _edits(args), VERBS[args.verb]
-    if args.verb == "edit":
+    """Change jobs; the last word of the command is the verb, and a method of Queue."""
+    verb, edits = args.entry.words[-1], _edits(args)
+    said, choice = DONE_TO[verb], _choice(verb, args)
+    if verb == "edit":
         if not edits:
             raise Usage("nothing to change", "give a flag, as --priority 5")
         said += ": " + ", ".join(
             f"{key.replace('_', '-')} {span(one) if isinstance(one, float) else one}"
             for key, one in edits.items())
-    jobs = _wide(args.verb, args, queue, screen) if is_wide \
-        else args.change(queue, *args.ids, **edits)
-    if not vars(args).get("wait"):
-        _say_jobs(jobs, said, args, screen)
-        return EX_OK
-    jobs = list(jobs)
-    if not args.json:
-        _say_jobs(jobs, said, args, screen)
-    status, jobs = _await(queue, screen, [job.id for job in jobs]) if jobs \
-        else (EX_OK, [])
-    if args.json:
-        _say_jobs(jobs, said, args, screen)
-    return status
+    change = queue.retry_dead if args.entry.words[0] == "dlq" else getattr(queue, verb)
+    jobs = _wide(verb, args, queue, screen, choice) if choice \
+        else change(*args.ids, **edits)
+    return _report(args, queue, screen, jobs,
+                   lambda jobs: _say_jobs(jobs, said, args, screen))
 
 
 def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     """Delete all jobs that fit, and say how many."""
-    _is_wide(args)      # for its checks
+    choice = states, filters = _choice("delete", args) or ((), {})
     if args.dry_run:
-        states, filters = _fitting("delete", args)
         amounts = _amounts(queue, states, filters)
         screen.note(f"would delete jobs: {amounts}" if amounts else "no such jobs")
         found = {"deleted": 0, "would_delete": queue.count(states, **filters)}
     elif args.json:
-        found = {"deleted": sum(1 for _ in _wide("delete", args, queue, screen))}
+        jobs = _wide("delete", args, queue, screen, choice)
+        found = {"deleted": sum(1 for _ in jobs)}
     else:
-        _say_jobs(_wide("delete", args, queue, screen), "deleted", args, screen)
+        _say_jobs(_wide("delete", args, queue, screen, choice), "deleted", args, screen)
     if args.json:
-        screen.out(_json_of(found))
+        _print_json(found, screen)
 
 
 def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     """Cancel jobs; wait until running ones have ended. 1 if all complete first."""
-    if _is_wide(args):
-        running: list[Job] = []     # ended together: each may take `kill-grace`
+    choice = _choice("cancel", args)
 
-        def noted(job: Job) -> Job:
-            running.extend([job] * (job.state == PROCESSING))
-            return job
-        _say_jobs(map(noted, _wide("cancel", args, queue, screen)), "cancelled", args,
-                  screen)
-        await_ends(queue, running, screen.note)
-        return EX_OK
-    jobs = await_ends(queue, queue.cancel(*args.ids), screen.note)
-    for job in jobs:
-        if job.state != CANCELLED:
-            screen.note(f"{job.id} had {job.state} before it could be cancelled")
-    cancelled = [job for job in jobs if job.state == CANCELLED]
-    if cancelled:
-        _say_jobs(cancelled, "cancelled", args, screen)
-    return EX_OK if cancelled else EX_NO
+    def ended() -> Iterator[Job]:
+        running = list[Job]()       # ended together: each may take `kill-grace`
+        for job in _wide("cancel", args, queue, screen, choice) if choice \
+                else queue.cancel(*args.ids):
+            if job.state == PROCESSING:
+                running.append(job)
+            else:
+                yield job
+        for job in await_ends(queue, running, screen.note):
+            if job.state == CANCELLED:
+                yield job
+            else:
+                screen.note(f"{job.id} had {job.state} before it could be cancelled")
+    _say_jobs(ended(), "cancelled", args, screen)
+    is_done = any(job.state == CANCELLED for job in queue.named(args.ids))
+    return EX_OK if choice or is_done else EX_NO
 
 
 def _named_queues(queues: Sequence[str]) -> str:
@@ -12869,10 +12863,10 @@ _JSON = option("--json", "print JSON and nothing else", "output")
 _IDS = option("[ID...]", "the jobs", dest="ids")
 _STATE_FLAG, *_FILTERS = _flags_of(FILTERS)
 _FITTING = _grouped("which jobs", _STATE_FLAG, *_FILTERS)
-_YES = option("--yes -y", "do not ask before cancelling or deleting; required for "
-              "these if stdin is not a terminal")
+_YES = option("--yes -y", "do not ask for confirmation; required for a choice by "
+              "filters or --all if stdin is not a terminal")
 _ALL = option("--all", "all jobs that it applies to")
-_WHICH = (_IDS, *_grouped(NOT_IDS, _ALL, _STATE_FLAG, *_FILTERS), _YES, _JSON)
+_WHICH = (_IDS, *_grouped(NOT_IDS, _ALL, _STATE_FLAG, *_FILTERS), _JSON)
 _EDITS = _changing(*_flags_of(FIELDS, "u"))
 # The --queue of `retry` chooses jobs.
 _WAIT = option("--wait", "wait for the jobs; for one, exit with its status", "output")
@@ -13057,26 +13051,25 @@ COMMANDS = (    # in the order of the help
     _entry("retry", cmd_change, "run jobs again, with changes if you like", CHANGES,
            *_WHICH, *_AGAIN,
            eg="retry job-1 --timeout 1h\nretry --state dead --queue gpu",
-           also="rerun, requeue, restart, redo", verb="retry", change=Queue.retry),
+           also="rerun, requeue, restart, redo"),
     _entry("cancel", cmd_cancel, "cancel jobs, and end running ones", CHANGES,
-           *_WHICH, eg="cancel job-1 job-2\ncancel --tag nightly",
+           *_WHICH, _YES, eg="cancel job-1 job-2\ncancel --tag nightly",
            also="kill, abort, terminate, scancel"),
     _entry("hold", cmd_change, "keep waiting jobs from starting until `release`",
-           CHANGES, *_WHICH, eg="hold job-1\nhold --tag nightly", also="suspend, stash",
-           verb="hold", change=Queue.hold),
+           CHANGES, *_WHICH, eg="hold job-1\nhold --tag nightly",
+           also="suspend, stash"),
     _entry("release", cmd_change, "let held jobs start again", CHANGES, *_WHICH,
-           eg="release job-1\nrelease --all", also="unhold, unstash", verb="release",
-           change=Queue.release),
+           eg="release job-1\nrelease --all", also="unhold, unstash"),
     _entry("edit", cmd_change, "change waiting or dead jobs", CHANGES, _IDS,
            *_grouped(NOT_IDS, _ALL, _STATE_FLAG, *(
                one if one.dest != "queue" else
                option("--in-queue Q", "only of this queue", type=parse_name)
                for one in _FILTERS)), *_EDITS, _JSON,
            eg="edit job-1 --priority 9\nedit --in-queue gpu --queue night",
-           also="update, modify, change, set", verb="edit", change=Queue.edit),
+           also="update, modify, change, set"),
     _entry("delete", cmd_change, "delete jobs that are not running", CHANGES, *_WHICH,
-           eg="delete job-1\ndelete --state cancelled", also="rm, del, remove, atrm",
-           verb="delete", change=Queue.delete),
+           _YES, eg="delete job-1\ndelete --state cancelled",
+           also="rm, del, remove, atrm"),
     _entry("purge", cmd_purge, "delete finished jobs, or those in given states",
            CHANGES, *_FITTING, _OLDER,
            option("--dry-run", "only say what would be deleted"), _YES, _JSON,
@@ -13090,7 +13083,7 @@ COMMANDS = (    # in the order of the help
     _entry("dlq retry", cmd_change, "requeue dead jobs", CHANGES, _IDS,
            *_grouped(NOT_IDS, _ALL, *_FILTERS), *_AGAIN, _JSON,
            eg="dlq retry job-1\ndlq retry --all --timeout 1h", also="dlq requeue",
-           state=[DEAD], verb="retry", change=Queue.retry_dead),
+           state=[DEAD]),
     _entry("dlq purge", cmd_purge, "delete dead jobs", CHANGES,
            *_grouped("which jobs", *_FILTERS), _OLDER, _YES, _JSON,
            eg="dlq purge --older-than 30d\ndlq purge --yes",

@@ -5535,7 +5535,7 @@ class CommandLine(Case):
         self.job()
         for line in ("delete --yes", "cancel --yes", "retry", "wait", "dlq retry",
                      "purge --yes --state pending", "dlq purge --yes"):
-            self.says([(f"{line} {flag} ''", f"{flag} names nothing")
+            self.says([(f"{line} {flag} ''", f"{flag} is empty")
                        for flag in ("--search", "--queue", "--tag")], 2)
         self.assertEqual(self.state("job-1"), PENDING)
 
@@ -5751,7 +5751,7 @@ class CommandLine(Case):
                    "retry -s processing", "delete -s processing", "purge -s processing",
                    "purge -s pending --older-than 1d", "edit a", "edit --priority 1",
                    "purge -s dead -s failed --older-than 1d", "edit a --all -p 1",
-                   "edit -s completed -p 1")
+                   "edit -s completed -p 1", "retry --all --yes", "hold --all --yes")
         self.assertEqual(len(self.queue.jobs()), 5)
 
     def test_a_choice_changes_all_that_fit_and_says_how_many(self):
@@ -5787,7 +5787,7 @@ class CommandLine(Case):
                 self.path = os.path.join(memory, line)
                 self.clock.now = time.time()
                 self.some_jobs()
-                yes = ["--yes"] * (not line.startswith(("dlq retry", "edit")))
+                yes = ["--yes"] * line.startswith(("cancel", "delete", "purge", "dlq purge"))
                 self.assertEqual(self.cli(line, *yes), (0, "", said + "\n"))
                 self.assertEqual({name: self.state(name) for name in left}, left)
                 self.assert_sound()
@@ -7799,10 +7799,10 @@ class Surroundings(Processes):
         for (line, answer, status), (code, out, err) in zip(lines, told):
             with self.subTest(line, answer=answer):
                 self.assertEqual(code, status, err)
-                self.assertEqual("This will" in err and "jobs: 2 pending. Go on? [y/N]" in err,
+                self.assertEqual("This will" in err and "jobs: 2 pending. Continue? [y/N]" in err,
                                  answer != b"")
                 self.assertEqual("nothing was changed" in err, status == 1)
-                self.assertNotIn("Go on", out)
+                self.assertNotIn("Continue", out)
         self.assertEqual(self.queue.counts()[CANCELLED], 2)
 
     def test_whoever_makes_a_queue_says_so(self):
@@ -9016,8 +9016,8 @@ class Nemesis:
         f"spoil {FULL_STDOUT}": 0.3, f"spoil {FULL_STDERR}": 0.1, "stall_log": 0.3,
         "close_log": 0.1, "jump_clock": 0.3}
     SWEEPS = (      # of a batch that others work on
-        ("purge", "delete", "--state", "completed"), ("purge", "purge"),
-        ("request", "cancel"), ("request", "retry", "--state", "dead"))
+        ("purge", "delete", "--yes", "--state", "completed"), ("purge", "purge", "--yes"),
+        ("request", "cancel", "--yes"), ("request", "retry", "--state", "dead"))
     HELD = ("--queue", "held", "--state", "pending", "--state", "cancelled", "--yes")
 
     def __init__(self, directory, seed):
@@ -9236,7 +9236,7 @@ class Nemesis:
         tag = self.some_id().split("-")[0]
         verb, *argv = self.chance.choice(self.SWEEPS)
         ids = [id for id in self.ids if id.startswith(f"{tag}-")] * (verb == "purge")
-        self.client(verb, ids, *argv, "--tag", tag, "--yes", "--json")
+        self.client(verb, ids, *argv, "--tag", tag, "--json")
         self.done["sweeps"] += 1
 
     def sweep_bulk(self):
@@ -9252,7 +9252,8 @@ class Nemesis:
                 self.chance.randint(SWEEP_BATCH + 10, 2 * SWEEP_BATCH + 50)))
             self.steps = ["enqueue", "cancel", "retry", "delete"]
         verb = self.steps[0]
-        argv, text = [verb, "--queue", "held", "--yes", "--json"], ""
+        yes = ["--yes"] * (verb == "cancel")
+        argv, text = [verb, "--queue", "held", *yes, "--json"], ""
         if verb == "enqueue":
             argv = ["enqueue", "--queue", "held", "-q", "-"]
             text = "\n".join(json.dumps({"id": id, "command": "true"}) for id in self.bulk)
@@ -12061,7 +12062,7 @@ class Ends(Processes):
                 self.assertRegex(err, "error: .*cannot run: it comes after (build|deploy)")
         code, _, err = self.cli("dlq", "purge", "--yes")
         self.assertEqual(code, 0)
-        self.assertIn("1 left as it is: deploy waits for build (dead)", err)
+        self.assertIn("1 left unchanged: deploy waits for build (dead)", err)
         self.assertIn("build", self.cli("dlq")[1])
 
     def test_a_wait_goes_on_while_other_jobs_can_end(self):
