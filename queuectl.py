@@ -2723,7 +2723,8 @@ class SQLite:
     SNAPSHOT = "BEGIN"          # begins with its first read; blocks no writer
     COMMIT, ROLLBACK = "COMMIT", "ROLLBACK"
 
-    def __init__(self, path: str, create: bool = True) -> None:
+    def __init__(self, path: str, create: bool = True,
+                 may_upgrade: Callable[[SQLite], object] = lambda db: None) -> None:
         if sqlite3.sqlite_version_info < (3, 34):
             raise Refused("unsupported", f"SQLite {sqlite3.sqlite_version} is too old",
                           "queuectl needs 3.34 or newer")
@@ -2735,6 +2736,8 @@ class SQLite:
         self._wal_path = self.path + "-wal"
         self.patience = BUSY_DEADLINE       # seconds to wait for the write lock
         self.is_new = False                 # this process created its tables
+        self.upgrade_backup = ""            # path, if this process upgraded it
+        self._may_upgrade = may_upgrade     # raises QueueError if not
         self._process = os.getpid()
         self._lock = threading.RLock()      # guards the connection in a transaction
         self._make_file(create)
@@ -2903,7 +2906,9 @@ class SQLite:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path + LOCK_SUFFIX)
             elif version < SCHEMA_VERSION:
-                self.backup(f"{self.path}.format-{version}.backup")
+                self._may_upgrade(self)
+                self.upgrade_backup = f"{self.path}.format-{version}.backup"
+                self.backup(self.upgrade_backup)
             else:
                 return
             self.is_new = version == 0
@@ -4167,6 +4172,17 @@ def _refuse(why: QueueError) -> NoReturn:
 _warning = functools.partial(Finding, WARNING)
 
 
+def _refuse_older_workers(db: SQLite) -> None:
+    """Refuse an upgrade that would break a running worker, and lose its runs."""
+    host = Host(db.path)
+    with contextlib.closing(host.locks):
+        for worker in (Worker(*row) for row in db.rows(Sql.WORKERS)):
+            if host.is_alive(worker):
+                raise Conflict("in-use", f"worker {worker.name} of an older queuectl "
+                               f"uses {db.path}", "let it finish its jobs with `kill "
+                               f"{worker.pid}`, then try again")
+
+
 class Queue:
     """A queue: each public method is one transaction, or only reads.
 
@@ -4183,7 +4199,7 @@ class Queue:
     def __init__(self, path: str = "queue.db", create: bool = True,
                  clock: Callable[[], float] = time.time,
                  host: Host | None = None) -> None:
-        self.store = Ledger(SQLite(os.fspath(path), create))
+        self.store = Ledger(SQLite(os.fspath(path), create, _refuse_older_workers))
         self.path = self.store.db.path
         self.clock = clock
         self.host = host or Host(self.path)
@@ -12106,6 +12122,9 @@ def opened(args: argparse.Namespace, screen: Screen) -> Iterator[Queue]:
     with Queue(args.path, create=args.entry.opens == CREATES) as queue:
         if queue.store.db.is_new:
             screen.note(f"made a new queue at {queue.path}")
+        if queue.store.db.upgrade_backup:
+            screen.note(f"upgraded {queue.path}; before that, it was copied to "
+                        f"{queue.store.db.upgrade_backup}")
         yield queue
 
 

@@ -1567,6 +1567,7 @@ class Files(Case):
             self.job_in(state)
         self.jobs([{"id": "later", "delay": 60}, {"id": "blocked", "after": ["later"]}])
         self.queue.add_schedule("s", "@daily", command="true")
+        self.do("UPDATE workers SET host = 'other', boot = 'other'")    # not running here
         before = self.queue.jobs(), self.queue.schedules(), self.queue.workers()
         columns = {table: self.queue.store.rows(f"PRAGMA table_info({table})")
                    for table in NEW_COLUMNS}
@@ -11257,15 +11258,27 @@ class BadGround(Processes):
             process.stdin.flush()
         for process in both:
             self.assert_ends(process)
-            self.assertEqual(process.communicate()[1], b"")
+        said = b"".join(process.communicate()[1] for process in both).decode()
         [backup] = [self.path_of(name) for name in os.listdir(self.dir) if "backup" in name]
         self.assertEqual(backup, f"{self.path}.format-{FORMAT}.backup")
+        self.assertEqual(
+            said, f"upgraded {self.path}; before that, it was copied to {backup}\n")
         self.assertEqual(self.format_of(self.path), (FORMAT + 1, True, jobs))
         self.assertEqual(self.format_of(backup), (FORMAT, False, jobs))
         self.assertEqual(os.stat(backup).st_mode & 0o777, 0o600)
         with Queue(backup) as queue:
             self.assertEqual(queue.counts()[PENDING], 3)
         self.assert_refused(self.cli("status"), "newer queuectl")
+
+    def test_an_upgrade_waits_until_no_older_worker_runs(self):
+        worker = self.worker()
+        wait_for(lambda: self.cli("worker", "list")[1], "the worker")
+        self.assert_refused(self.upgrade(), f"older queuectl uses .*`kill {worker.pid}`")
+        self.assertEqual(self.format_of(self.path), (FORMAT, False, []))
+        self.assertEqual(os.listdir(self.dir).count(f"queue.db.format-{FORMAT}.backup"), 0)
+        worker.terminate()
+        self.assert_ends(worker)
+        self.assertEqual(self.upgrade()[0], 0)
 
     def test_an_upgrade_without_room_for_its_backup_is_refused(self):
         place = self.small_disk()
