@@ -11082,7 +11082,7 @@ class BadGround(Processes):
         with mock.patch.object(queuectl, "SCHEMA_VERSION", FORMAT + 1):
             code, out, err = self.cli("status")     # which would have to upgrade it
         self.assertEqual((code, out), (1, ""))
-        self.assertRegex(err, "older format.*copy it")
+        self.assertRegex(err, "older format.*work on a copy")
         self.path = backup
         self.assert_only_read()
 
@@ -11122,7 +11122,7 @@ class BadGround(Processes):
         self.path = self.path_of("disk/a.db")
         self.assertEqual(len(json.loads(self.call("list", "--json")[1])), 3)
         self.path = self.path_of("disk/b.db")
-        self.assert_refused(self.call("list"), "b.db-wal holds changes that cannot be read")
+        self.assert_refused(self.call("list"), "its -wal holds changes that can be read only")
 
     def test_a_reader_of_a_queue_in_use_sees_what_others_commit(self):
         """As in a container that mounts the directory read-only."""
