@@ -2093,8 +2093,8 @@ class Sql:
            AND "unique" IS NOT NULL AND (waits IS NOT NULL OR claim IS NOT NULL)"""
     JOB_BY_ONCE = "SELECT * FROM jobs WHERE once = :once AND once IS NOT NULL"
     JOBS_NAMED = "SELECT * FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
-    # Lists. `before` is always bound, to END_OF_TIME if it is the first page.
     FILTERS = {
+        "before": "seq < :before",
         "ahead": "seq NOT IN (SELECT CAST(value AS BIGINT) FROM json_each(:ahead))",
         "queue": "queue = :queue",
         "tag": "seq IN (SELECT job FROM tags WHERE tag = :tag)",
@@ -2114,8 +2114,8 @@ class Sql:
         """The jobs of these states (none: of any) that match the values. Each state is
         a SELECT of its own, by its index: for `state IN` SQLite sorts all rows.
         """
-        reads = [f"SELECT * {cls._fitting(some, order, values)} ORDER BY {order} "
-                 "LIMIT :limit" for some in [[state] for state in states] or [[]]]
+        reads = [f"SELECT * {cls._fitting(some, values)} ORDER BY {order} LIMIT :limit"
+                 for some in [[state] for state in states] or [[]]]
         if len(reads) == 1:
             return reads[0]
         return " UNION ALL ".join(
@@ -2124,20 +2124,16 @@ class Sql:
 
     @classmethod
     def counting(cls, states: Sequence[str], values: Mapping[str, Any]) -> str:
-        return f"SELECT COUNT(*) {cls._fitting(states, 'seq', values)}"
+        return f"SELECT COUNT(*) {cls._fitting(states, values)}"
 
     @classmethod
-    def _fitting(cls, states: Sequence[str], order: str,
-                 values: Mapping[str, Any]) -> str:
-        # With +seq SQLite uses the index of the state, not the row number.
-        clauses = [f"FROM jobs WHERE {'' if order.startswith('seq') else '+'}"
-                   "seq < :before"]
+    def _fitting(cls, states: Sequence[str], values: Mapping[str, Any]) -> str:
+        clauses = [cls.FILTERS[key] for key in values if key in cls.FILTERS]
         if states:
             clauses.append(f"state IN ({_list(states)})")
             if {*states} <= {*OVER}:    # the literals of jobs_by_end
                 clauses.append("waits IS NULL AND claim IS NULL")
-        return " AND ".join(clauses + [cls.FILTERS[key] for key in values
-                                       if key in cls.FILTERS])
+        return "FROM jobs" + " WHERE " * bool(clauses) + " AND ".join(clauses)
 
     # From one rank to the next by the index, a thousand at most: with ageing almost
     # every job has its own rank.
@@ -2461,17 +2457,10 @@ class Sql:
         SELECT seq, id, state, substr(command, 1, 80) FROM jobs
          WHERE id >= :word AND id < :end
          ORDER BY id LIMIT :look"""
-    # From one tag to the next by the key: DISTINCT reads a row for each job.
     TAGS_FROM = """
-        WITH RECURSIVE found (tag) AS (
-            SELECT MIN(tag) FROM tags WHERE tag >= :word
-             UNION ALL
-            SELECT (SELECT MIN(tags.tag) FROM tags WHERE tags.tag > found.tag)
-              FROM found
-             WHERE found.tag < :end)
-        SELECT tag FROM found
-         WHERE tag < :end
-         LIMIT :limit"""
+        SELECT DISTINCT tag FROM tags
+         WHERE tag >= :word AND tag < :end
+         ORDER BY tag LIMIT :limit"""
     WORKER_NAMES = "SELECT name, host || ' ' || pid FROM workers ORDER BY name"
     SCHEDULE_NAMES = "SELECT name, cron FROM schedules ORDER BY name"
 
@@ -2504,12 +2493,7 @@ class Sql:
            AND kind IN ('complete', 'bury', 'cancel')
            AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
          GROUP BY kind"""
-    DELETE_TALLIES = """
-        DELETE FROM tallies
-         WHERE (minute, queue, kind, bucket) IN (
-               SELECT minute, queue, kind, bucket FROM tallies
-                WHERE minute > 0 AND minute < :before
-                LIMIT :limit)"""
+    DELETE_TALLIES = "DELETE FROM tallies WHERE minute > 0 AND minute < :before"
 
     # For `check`, as they read whole tables: a code, a message for each row found.
     RULES = (
@@ -4153,16 +4137,15 @@ def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
 
     An unknown filter is a TypeError: ignoring it would list, or delete, more jobs.
     """
-    unknown = {*filters} - {*Sql.FILTERS, "before", "ended_seq"}
+    unknown = {*filters} - {*Sql.FILTERS, "ended_seq"}
     if unknown:
         raise TypeError(f"no such filter: {', '.join(sorted(unknown))}")
     stored: dict[str, Callable[[Any], str]] = {
         "search": lambda text: "%{}%".format(
             re.sub(r"([%_\\])", r"\\\1", _search(text, 0.0))),
         "exit_code": json.dumps, "since": iso}
-    return {"before": END_OF_TIME, **{
-        key: stored[key](value) if key in stored else value
-        for key, value in filters.items() if value is not None}}
+    return {key: stored[key](value) if key in stored else value
+            for key, value in filters.items() if value is not None}
 
 
 def _refuse(why: QueueError) -> NoReturn:
@@ -4706,12 +4689,12 @@ class Queue:
         if hooks and workers and HOOKS_QUEUE not in oldest and "no-worker" in [
                 one.code for one in stops(HOOKS_QUEUE)]:
             yield _warning("hooks", "no worker takes queue hooks, so the command of "
-                          f"{hooks[0].replace('_', '-')} will not run",
-                          "`queuectl worker start --queue hooks`")
+                           f"{hooks[0].replace('_', '-')} will not run",
+                           "`queuectl worker start --queue hooks`")
         for job in stuck:
             yield _warning("blocked", f"{counted(n_stuck, 'job')} cannot run: {job.id} "
-                          f"{self.why_stuck(job)}", "retry or cancel what they come "
-                          "after; `queuectl list --state pending` shows it")
+                           f"{self.why_stuck(job)}", "retry or cancel what they come "
+                           "after; `queuectl list --state pending` shows it")
 
     @staticmethod
     def _skips(schedule: Schedule, last: Job) -> bool:
@@ -5527,9 +5510,8 @@ class Claims:
                 self._expired[state] = {"ended_at": found[-1].finished_at,
                                         "ended_seq": found[-1].seq}
                 more = True
-        deleted = self._store.do(Sql.DELETE_TALLIES, {
-            "before": int(now // 60) - KEPT_MINUTES, "limit": SHRINK_PAGES})
-        return self._store.db.shrink() or bool(deleted) or more
+        self._store.do(Sql.DELETE_TALLIES, {"before": int(now // 60) - KEPT_MINUTES})
+        return self._store.db.shrink() or more
 
     def is_drained(self) -> bool:
         """Return True if nothing is running, due or waiting for a retry in this
