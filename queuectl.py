@@ -6630,7 +6630,7 @@ class Command:
         self.claim, self._timeout = claim, timeout      # seconds; None: never
         self.copy = copy                    # gets all output
         self.pid, self._begun = -1, 0.0
-        self._status: int | None = None     # as wait(2) returns it; None: not reaped
+        self._status: int | None = None     # of its exit; None: not reaped
         self.output = Output(output_limit)
         self.saved = 0                      # bytes of output in the database
         self.pipe, self.watch = -1, -1      # descriptors to poll; -1: none
@@ -6684,8 +6684,8 @@ class Command:
     def _reap(self, options: int = 0) -> int | None:
         if self._status is None:
             pid, status = os.waitpid(self.pid, options)
-            self._status = status if pid else None
-        return None if self._status is None else os.waitstatus_to_exitcode(self._status)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status
 
     def read(self) -> bool:
         """Read output once; return False at its end."""
@@ -6857,11 +6857,9 @@ class Trees:
         self._trees = [one for one in self._trees if one.left]
         # The pause doubles without a change; steps take at most a fifth of the time.
         left = set[int]().union(*(one.left for one in self._trees))
-        self._pause = RESCUE_TICK / 4 if left != self._left else min(2 * self._pause, 1)
+        self._pause = 0.005 if left != self._left else min(2 * self._pause, 0.2)
         self._left, now = left, time.monotonic()
-        self.at = min([now + max(self._pause, 4 * (now - begun)), *(
-            one.kill_at for one in self._trees if one.kill_at > now)]) \
-            if self._trees else math.inf
+        self.at = now + max(self._pause, 4 * (now - begun)) if self._trees else math.inf
         return over
 
 
@@ -6926,9 +6924,8 @@ def kill_all(grace: float = 0.0, groups: Iterable[int] = (), spared: Iterable[in
         refused = tree.send(left, table, groups)
         if left <= refused and (refused or spared) and not seen - refused:
             return sorted(refused)      # seen twice, so no new one appeared
-        pause = 0.001 if left - seen else min(2 * pause, 1.0)
-        seen, until_kill = left, tree.kill_at - time.monotonic()
-        time.sleep(max(0.001, min(pause, until_kill)) if until_kill > 0 else pause)
+        pause, seen = 0.001 if left - seen else min(2 * pause, 0.2), left
+        time.sleep(pause)
 
 
 # Messages between worker and supervisor: kind, claim or signal, process, seconds. HELLO
@@ -7012,7 +7009,7 @@ class Supervisor:
         self._lease, self._late_at = math.inf, math.inf     # seconds; monotonic
         self._is_warned = False             # it is late, and has one more second
         self._grace = 0.0                   # seconds between SIGTERM and SIGKILL
-        self._status: int | None = None     # of the worker, as wait(2) returns it
+        self._status: int | None = None     # of the worker; None: it runs
         self._why_killed = ""
         self._has_begun = False             # HELLO has been received
         self._stopped_by = 0                # a signal received before HELLO
@@ -7021,23 +7018,21 @@ class Supervisor:
         """Run until no process is left; return the worker's exit status, and an error
         or "".
         """
-        while self._status is None:
+        while (status := self._status) is None:
             self._step()
-        status = os.waitstatus_to_exitcode(self._status)
         refused = kill_all(self._grace if status >= 0 else 0.0, self._groups.values(),
                            self._spared, self._signals)
         if self._locks:
             self._locks.close()
         if self._stopped_by:
             return 128 + self._stopped_by, ""
-        told = self._why_killed
+        told = list[str]()
         if status < 0:
-            told = (told or f"the worker was {exit_words(status)}: ") \
-                + "its jobs were killed"
+            why = self._why_killed or f"the worker was {exit_words(status)}"
+            told.append(f"{why}: its jobs were killed")
         if refused:
-            told += f"{'; ' * bool(told)}still running, as another user: " \
-                    f"{_pid_list(refused)}"
-        return (status if status >= 0 else EX_NO), told
+            told.append(f"still running, as another user: {_pid_list(refused)}")
+        return (status if status >= 0 else EX_NO), "; ".join(told)
 
     def _step(self) -> None:
         at = min(self._late_at, self._trees.at)
@@ -7061,7 +7056,7 @@ class Supervisor:
             return
         # Allow one more second: both may have been stopped, as by Ctrl+Z.
         if self._is_warned and now < self._late_at + 0.5:
-            self._why_killed = f"the worker did not respond for {span(self._lease)}: "
+            self._why_killed = f"the worker did not respond for {span(self._lease)}"
             os.kill(self._worker, signal.SIGKILL)
             self._late_at = math.inf
         else:
@@ -7093,12 +7088,9 @@ class Supervisor:
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
-            while self._status is None:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-                if not pid:
-                    return
-                if pid == self._worker:
-                    self._status = status
+            while self._status is None and (found := os.waitpid(-1, os.WNOHANG))[0]:
+                if found[0] == self._worker:
+                    self._status = os.waitstatus_to_exitcode(found[1])
 
 
 def _work(work: Callable[[Link], int], link: Link, signals: Iterable[int]) -> NoReturn:
@@ -11303,8 +11295,8 @@ UNIT_FILE = """\
 #
 # Save this as {place}
 # (for a second queue: under another name), then:{token}
-#     {control} daemon-reload
-#     {control} enable --now {name}.service
+#     systemctl{scope} daemon-reload
+#     systemctl{scope} enable --now {name}.service
 #     journalctl {journal} {name}.service --follow{linger}
 
 [Unit]
@@ -11406,7 +11398,7 @@ def unit_file(command: Sequence[str], path: str, is_own: bool, is_web: bool,
         token="\n#     token=$(od -An -N32 -tx8 /dev/urandom | tr -d ' \\n')\n"
               f"#     (umask 077; echo QUEUECTL_TOKEN=$token > "
               f"{tokens.replace('%h', '~')})" if is_web else "",
-        control="systemctl --user" if is_own else "systemctl",
+        scope=" --user" if is_own else "",
         journal="--user-unit" if is_own else "--unit",
         linger="\n#     loginctl enable-linger   (to run while you are logged out)"
         if is_own else "", user="" if is_own else f"\nUser={user}",
