@@ -12687,8 +12687,12 @@ def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> N
         default, meaning = setting.default, setting.help
         value = stored.get(key, default)
         found[key] = {"value": value, "default": default, "meaning": meaning}
-        shown = style.paint(f"{one_line(value):<8}", BOLD if key in stored else "")
+        text, shade = one_line(value), BOLD if key in stored else ""
+        is_short = columns(text) <= 8
+        shown = style.paint(f"{text if is_short else 'below':<8}", shade)
         lines.append(f"{key:<20} {shown} {default:<8} {meaning}")
+        if not is_short:
+            lines.append(f"{'':<20} {style.paint(text, shade)}")
     _view(args, screen, found, lines)
 
 
@@ -12878,7 +12882,7 @@ _WAIT_LIMIT = option("--timeout DUR", "wait at most this long")
 _FOLLOW = option("--follow -f", "keep printing what is new")
 _SCHEDULE = option("NAME", "the schedule's name")
 _CRON_HELP = "minute hour day month weekday; or @daily and the like; or @every DUR"
-_KEY = option("KEY", "the setting's name")
+_KEY = option("KEY", "the setting: " + ", ".join(SETTINGS))
 _LIMIT = option("--limit -n N", "at most N; 0: all (default: 50; with --json: all)",
                 "output")
 _COLUMNS = option("--fields F,F", "only these keys of a job's JSON, in this order",
@@ -13309,6 +13313,11 @@ def find(words: Sequence[str]) -> tuple[Sequence[Entry], list[str]]:
     raise _no_command(names, group)
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return fold(" ".join(text.split()), width)     # textwrap breaks names at `-`
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but errors are raised."""
 
@@ -13371,8 +13380,7 @@ def parser_of(entry: Entry, strict: bool = True) -> Parser:
         usage=" ".join((name, "[OPTION ...]", *usage)),
         description=entry.help[0].upper() + entry.help[1:] + ".",
         # argparse's usage line lists all flags, and its width needs shutil.
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, width=window().columns - 2),
+        formatter_class=lambda prog: Help(prog, width=window().columns - 2),
         epilog="\n".join(epilog) if entry.words else MANUAL.format(*FORMATS.values()))
     groups: dict[str, Any] = {}
     for one in (*entry.options, _DB, _HELP):
