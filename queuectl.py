@@ -2505,15 +2505,11 @@ class Sql:
              GROUP BY queue, state
             HAVING SUM(n) <> 0"""),
         ("counters", "the last number of {} is too low, so it would be used again (I4)",
-         """
-            SELECT 'jobs' FROM counters WHERE jobs < (SELECT MAX(seq) FROM jobs)
-             UNION
-            SELECT 'runs' FROM counters WHERE runs < (SELECT MAX(claim) FROM runs)
-             UNION
-            SELECT 'events' FROM counters WHERE events < (SELECT MAX(seq) FROM events)
-             UNION
-            SELECT 'workers' FROM counters
-             WHERE workers < (SELECT MAX(id) FROM workers)"""),
+         " UNION ".join(
+             f"SELECT '{table}' FROM counters WHERE {table} < (SELECT MAX({key}) "
+             f"FROM {table})" for table, key in (
+                 ("jobs", "seq"), ("runs", "claim"), ("events", "seq"),
+                 ("workers", "id")))),
         ("claims", "{} is processing, but has no run under way (I2)", """
             SELECT jobs.id FROM jobs
               LEFT JOIN runs ON runs.claim = jobs.claim AND runs.job = jobs.seq
@@ -2699,13 +2695,7 @@ class SQLite:
         "PRAGMA journal_size_limit = 16777216",     # shrinks the WAL after a long read
         "PRAGMA wal_autocheckpoint = 3000")         # 12 MiB: a third of the copying
     EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
-    FREE_PAGES, PAGES = "PRAGMA freelist_count", "PRAGMA page_count"
-    SHRINK = f"PRAGMA incremental_vacuum({SHRINK_PAGES})"
-    CHANGED = "PRAGMA data_version"             # 5 us
-    INTEGRITY = f"PRAGMA integrity_check({CHECK_SHOWN})"    # there may be many more
-    BEGIN = "BEGIN IMMEDIATE"   # deferred, it cannot wait after a read
-    SNAPSHOT = "BEGIN"          # begins with its first read; blocks no writer
-    COMMIT, ROLLBACK = "COMMIT", "ROLLBACK"
+    FREE_PAGES = "PRAGMA freelist_count"
 
     def __init__(self, path: str, create: bool = True,
                  may_upgrade: Callable[[SQLite], object] = lambda db: None) -> None:
@@ -2981,7 +2971,8 @@ class SQLite:
     def _begin(self, patience: float) -> None:
         """Begin to write; Gone if the file, checked under the lock, lost its name."""
         self._refuse_read_only()
-        self._patiently(lambda: self._db.execute(self.BEGIN), patience)
+        # IMMEDIATE: deferred, it cannot wait after a read.
+        self._patiently(lambda: self._db.execute("BEGIN IMMEDIATE"), patience)
         if not self.is_in_place():
             self.rollback()
             raise Gone("database-gone",
@@ -3000,12 +2991,12 @@ class SQLite:
 
     def commit(self) -> None:
         """Commit, in any thread; if that fails, call `rollback` next."""
-        self._patiently(lambda: self._db.execute(self.COMMIT))
+        self._patiently(lambda: self._db.execute("COMMIT"))
 
     def rollback(self) -> None:
         """Undo the transaction, unless an error such as a full disk has ended it."""
         if self._db.in_transaction:
-            self._db.execute(self.ROLLBACK)
+            self._db.execute("ROLLBACK")
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -3027,7 +3018,7 @@ class SQLite:
             if self._patiently(lambda: self._db.in_transaction):
                 yield
                 return
-            self.rows(self.SNAPSHOT)
+            self.rows("BEGIN")
             try:
                 yield
             finally:
@@ -3060,11 +3051,11 @@ class SQLite:
 
     def changes(self) -> int:
         """A number that changes when another connection commits."""
-        return (self._opened << 32) + int(self.rows(self.CHANGED)[0][0])
+        return (self._opened << 32) + int(self.rows("PRAGMA data_version")[0][0])
 
     def integrity(self) -> list[str]:
         """The damage that SQLite finds; reads the whole file."""
-        said = [str(row[0]) for row in self.rows(self.INTEGRITY)]
+        said = [row[0] for row in self.rows(f"PRAGMA integrity_check({CHECK_SHOWN})")]
         return [] if said == ["ok"] else said
 
     def relieve(self) -> None:
@@ -3074,10 +3065,10 @@ class SQLite:
 
     def shrink(self) -> bool:
         """Free unused pages if there are many; return True if there may be more."""
-        [[free]], [[pages]] = self.rows(self.FREE_PAGES), self.rows(self.PAGES)
+        [[free]], [[pages]] = self.rows(self.FREE_PAGES), self.rows("PRAGMA page_count")
         if free < max(SHRINK_PAGES, pages // 4):
             return False
-        self.rows(self.SHRINK)
+        self.rows(f"PRAGMA incremental_vacuum({SHRINK_PAGES})")
         return bool(self.rows(self.FREE_PAGES)[0][0] < free)
 
     def size(self) -> int:
@@ -3881,22 +3872,6 @@ class Ledger:
         self._add_hooks([change._replace(after=job) for change, job
                          in zip(changes, jobs)], settings, now)
         return jobs
-
-    def taken_keys(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Conflict]]:
-        """The finished jobs whose unique key is taken, so they cannot wait again."""
-        first: dict[str, Job] = {}
-        for job in jobs:
-            if job.unique is None or job.state not in OVER:
-                continue
-            holders = [first[job.unique]] if job.unique in first \
-                else self.jobs(Sql.JOB_BY_UNIQUE, unique=job.unique)
-            for holder in holders:
-                hint = "retry one of the two" if holder.state in OVER \
-                    else f"wait for {holder.id}, or cancel it"
-                yield job, Conflict("in-use", f"{job.id} cannot wait again: {holder.id}"
-                                    f" has the same unique key {job.unique!r}", hint)
-            if not holders:
-                first[job.unique] = job
 
     def _dependents(self, seqs: Sequence[int], after: int = 0, limit: int = END_OF_TIME,
                     least: int = 0, most: int = 1) -> list[tuple[Any, ...]]:
@@ -4940,15 +4915,26 @@ class Queue:
             time.sleep(SWEEP_PAUSE)
 
     def _retry(self, jobs: Sequence[Job], skip: Skip) -> list[Job]:
-        now = self.clock()
-        taken = {job.seq: why for job, why in self.store.taken_keys(jobs)}
-        for why in taken.values():
-            skip(why)
-        # The results of the last run are kept in its own row.
-        return self.store.move([Change("retry", job, job._replace(
-            attempts=0, crashes=0, run_at=iso(now), at_time=False, started_at=None,
-            finished_at=None, exit_code=None, error=None))
-            for job in jobs if job.seq not in taken], now)
+        now, changes, holders = self.clock(), list[Change](), dict[str, Job]()
+        for job in jobs:
+            key = job.unique if job.state in OVER else None
+            if key is not None and key not in holders:
+                holders.update((key, holder) for holder in self.store.jobs(
+                    Sql.JOB_BY_UNIQUE, unique=key))
+            if key in holders:
+                holder = holders[key]
+                skip(Conflict(
+                    "in-use", f"{job.id} cannot wait again: {holder.id} has the same "
+                    f"unique key {key!r}", "retry one of the two" if holder.state in
+                    OVER else f"wait for {holder.id}, or cancel it"))
+                continue
+            if key is not None:
+                holders[key] = job
+            # The results of the last run are kept in its own row.
+            changes.append(Change("retry", job, job._replace(
+                attempts=0, crashes=0, run_at=iso(now), at_time=False, started_at=None,
+                finished_at=None, exit_code=None, error=None)))
+        return self.store.move(changes, now)
 
     def _cancel(self, jobs: Sequence[Job], _: object) -> list[Job]:
         """For a running job, store a request: its state changes when its run ends."""
