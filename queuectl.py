@@ -9589,13 +9589,9 @@ def json_reply(value: Any, status: int) -> Reply:
 
 
 def refusal_reply(error: QueueError) -> Reply:
-    """`item` is the index in an array of jobs.
-
-        {"error": "...", "hint": "...", "key": "timeout", "item": 1}
-    """
+    """Return {"error": "...", "hint": "...", "key": "timeout", "item": 1}."""
     fields = {"error": error.message, "hint": error.hint or None,
-              "key": error.key if isinstance(error, Invalid) else None,
-              "item": error.item}
+              "key": getattr(error, "key", None), "item": error.item}
     reply = json_reply({key: one for key, one in fields.items() if one is not None},
                        error.status)
     retry = (("Retry-After", "2"),) if error.status == 503 else ()
@@ -9969,7 +9965,7 @@ ROUTES: tuple[Route, ...] = (
 #     role            changes by read-only clients
 
 class Site(NamedTuple):
-    """The access rules of a server."""
+    """What a server admits."""
     token: str                      # "": none is needed
     read_token: str = ""            # "": there is none
     hosts: frozenset[str] = frozenset()     # accepted names: lower case, without port
@@ -9997,51 +9993,50 @@ class Reader:
         self._sock = sock
         self._buffer = bytearray()
 
-    def _more(self, ends_at: float) -> bool:
-        """Wait for input and read it; return False at its end."""
-        left = ends_at - time.monotonic()
+    def _read_until(self, is_enough: Callable[[], object], seconds: float) -> bool:
+        """Fill the buffer until it is enough; return False at the end of the input."""
         import socket as sockets
-        try:
-            if left <= 0:
-                raise sockets.timeout
-            self._sock.settimeout(left)
-            piece = self._sock.recv(READ_SIZE)
-        except sockets.timeout:     # a TimeoutError since Python 3.10
-            raise denied(408, "the request is too slow") from None
-        self._buffer += piece
-        return bool(piece)
+        ends_at = time.monotonic() + seconds
+        while not is_enough():
+            try:
+                left = ends_at - time.monotonic()
+                if left <= 0:
+                    raise sockets.timeout
+                self._sock.settimeout(left)
+                piece = self._sock.recv(READ_SIZE)
+            except sockets.timeout:     # a TimeoutError since Python 3.10
+                raise denied(408, "the request is too slow") from None
+            if not piece:
+                return False
+            self._buffer += piece
+        return True
 
     def wait(self, seconds: float) -> bool:
         """Return True if input arrives in that time."""
-        try:
-            return bool(self._buffer) or self._more(time.monotonic() + seconds)
-        except Refused:
-            return False
+        with contextlib.suppress(Refused):
+            return self._read_until(lambda: self._buffer, seconds)
+        return False
 
     def head(self, seconds: float) -> bytes:
         """Read up to the empty line; ConnectionError, Refused."""
-        ends_at = time.monotonic() + seconds
-        while True:
+        def size() -> int:
             end = re.search(rb"\r?\n\r?\n", self._buffer)
-            if (end.end() if end else len(self._buffer)) > MAX_HEAD:
-                raise denied(431, "the headers are too large")
-            if end:
-                return self._take(end.end())
-            if not self._more(ends_at):
-                raise ConnectionError   # never act on half a head
+            return end.end() if end else (MAX_HEAD + 1) * (len(self._buffer) > MAX_HEAD)
+
+        if not self._read_until(size, seconds):
+            raise ConnectionError   # never act on half a head
+        if size() > MAX_HEAD:
+            raise denied(431, "the headers are too large")
+        return self._take(size())
 
     def read(self, size: int, seconds: float) -> bytes:
         """Read that many bytes, fewer at the end of the input; Refused."""
-        ends_at = time.monotonic() + seconds
-        while len(self._buffer) < size and self._more(ends_at):
-            pass
+        self._read_until(lambda: len(self._buffer) >= size, seconds)
         return self._take(size)
 
     def drain(self, seconds: float) -> None:
-        ends_at = time.monotonic() + seconds
         with contextlib.suppress(Refused):
-            while self._more(ends_at):
-                self._buffer.clear()
+            self._read_until(self._buffer.clear, seconds)
 
     def _take(self, size: int) -> bytes:
         taken = bytes(self._buffer[:size])
@@ -10078,14 +10073,10 @@ def body_size(headers: Mapping[str, str]) -> int:
 
 
 def _check_host(site: Site, request: Request) -> None:
-    """Refuse unknown host names, which a foreign DNS entry may resolve to us.
-
-    DNS cannot forge an IP address, so a server on all addresses accepts any of those.
-    400 without a valid Host (RFC 9112, section 3.2).
-    """
+    # DNS cannot forge an IP address, so a server on all addresses accepts any of those.
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+?)\.?(:[0-9]{1,5})?",
                          request.headers.get("host", ""))
-    if match is None:
+    if match is None:       # 400: RFC 9112, section 3.2
         raise Invalid("the request names no Host")
     host = match[1].lower()
     is_address = host.startswith("[") or re.fullmatch(r"[0-9]+(\.[0-9]+){3}", host)
@@ -10095,11 +10086,9 @@ def _check_host(site: Site, request: Request) -> None:
 
 
 def _check_origin(request: Request) -> None:
-    """Refuse requests of foreign pages. Only browsers send these headers.
-
-    Both schemes are accepted, since a proxy may add TLS. The origin of sandboxed frames
-    and files is "null". `same-site` may be another port of this host.
-    """
+    # Only browsers send these headers. Both schemes are accepted, since a proxy may add
+    # TLS. The origin of sandboxed frames and files is "null". `same-site` may be another
+    # port of this host.
     scheme, _, place = request.headers.get("origin", "").partition("://")
     is_foreign = "origin" in request.headers and (
         scheme not in ("http", "https")
@@ -10112,18 +10101,15 @@ def _check_origin(request: Request) -> None:
 
 
 def cookie_value(token: str) -> str:
-    """Return a cookie that proves the token without revealing it.
-
-    Other servers on this host see it, since cookies ignore ports; it works neither as a
-    bearer token nor in the URL. A restart does not change it.
+    """Return a cookie that proves the token without revealing it: other servers on this
+    host see it, since cookies ignore ports. A restart does not change it.
     """
     import hmac
     return hmac.new(token.encode(), b"queuectl cookie", "sha256").hexdigest()
 
 
 def _role_of_token(site: Site, given: str, made: Callable[[str], str] = str) -> str:
-    """Return the role whose token, after `made`, is `given`, or "", in constant time.
-    """
+    # Compared in constant time.
     import hmac
     found = ""
     for role, token in ((FULL, site.token), (READ, site.read_token)):
@@ -10134,10 +10120,7 @@ def _role_of_token(site: Site, given: str, made: Callable[[str], str] = str) -> 
 
 
 def role_of(site: Site, request: Request) -> tuple[str, str]:
-    """Return the client's role ("": unauthenticated), and how it was proved.
-
-    With an Authorization header the cookie is ignored.
-    """
+    """Return the client's role ("": unauthenticated), and how it was proved."""
     if not site.token:
         return FULL, "no token"
     header = request.headers.get("authorization")
@@ -10156,15 +10139,6 @@ def _no_token() -> Refused:
     return denied(401, "that needs a token", "open the URL that `queuectl web` "
                   "printed, or send Authorization: Bearer TOKEN",
                   ("WWW-Authenticate", 'Bearer realm="queuectl"'))
-
-
-def _log_in(site: Site, token: str) -> Reply:
-    """Exchange the token in the URL for a cookie; 303 keeps it out of the history."""
-    if site.token and not _role_of_token(site, token):
-        raise _no_token()
-    cookie = (f"{site.cookie}={cookie_value(token)}; Path=/; HttpOnly; SameSite=Strict"
-              + ("; Secure" if site.is_secure else ""))
-    return Reply(303, headers=(("Location", "/"), ("Set-Cookie", cookie)))
 
 
 def find_route(method: str, path: str) -> Route:
@@ -10199,9 +10173,14 @@ def admit(site: Site, request: Request) -> tuple[Route, Request] | Reply:
     # Not in the API, where a token in the query would stay in logs and histories.
     if path == "/" and request.method in ("GET", "HEAD"):
         token = dict(query_fields(query)).get("token")
-        if token is not None:
-            return _log_in(site, token)
         query = ""      # for the page's script
+        if token is not None:
+            if site.token and not _role_of_token(site, token):
+                raise _no_token()
+            cookie = f"{site.cookie}={cookie_value(token)}; Path=/; HttpOnly; " \
+                "SameSite=Strict" + "; Secure" * site.is_secure
+            # 303 keeps the token out of the browser's history.
+            return Reply(303, headers=(("Location", "/"), ("Set-Cookie", cookie)))
     role, how = role_of(site, request)
     # Before the route, so that a 404 leaks nothing.
     if not role and path not in PUBLIC:
@@ -10403,7 +10382,7 @@ class Service:
     def __init__(self, site: Site, path: str, log: Callable[[str], None]) -> None:
         self.site, self.path, self.log = site, path, log
         self.connections = Connections()
-        self._anonymous = threading.Semaphore(MAX_ANONYMOUS)
+        self.anonymous = threading.Semaphore(MAX_ANONYMOUS)
         self._spare: list[Queue] = []       # open databases that no request uses
 
     @contextlib.contextmanager
@@ -10412,15 +10391,12 @@ class Service:
 
         A few stay open, since to open one takes as long as most requests do.
         """
-        while True:
-            try:
-                queue = self._spare.pop()
-            except IndexError:
-                queue = Queue(self.path, create=False)
-                queue.store.db.patience = WEB_PATIENCE
-            if queue.store.db.is_in_place():
-                break
-            queue.close()
+        try:
+            while not (queue := self._spare.pop()).store.db.is_in_place():
+                queue.close()
+        except IndexError:
+            queue = Queue(self.path, create=False)
+            queue.store.db.patience = WEB_PATIENCE
         try:
             yield queue
         finally:
@@ -10433,23 +10409,6 @@ class Service:
         while self._spare:
             self._spare.pop().close()
 
-    def answer(self, route: Route, request: Request, sock: socket.socket) -> Reply:
-        """Return the reply to an admitted request; ConnectionError."""
-        with contextlib.nullcontext() if request.role else self._anonymous:
-            self.connections.mark(sock, self.connections.BUSY if request.role
-                                  else time.monotonic())
-            try:
-                with self.database() as queue:
-                    reply = respond(route, queue, request)
-            except QueueError as error:
-                reply = refusal_reply(error)
-            except Exception:   # a bug: status 500; the server runs on
-                self.log_bug()
-                reply = refusal_reply(denied(500, "internal error"))
-        if reply.log:
-            self.log(reply.log)
-        return reply
-
     def log_bug(self) -> None:
         """Log the exception being handled, with its traceback."""
         import traceback
@@ -10458,7 +10417,7 @@ class Service:
 
 def _handler_class(service: Service, is_tls: bool) -> type:
     """Return the handler of connections. http.server parses heads that matched
-    HEAD_FORM, loops over the requests and formats the heads of replies.
+    HEAD_FORM, and formats the heads of replies.
     """
     import http.server      # 40 ms, and only in a server
 
@@ -10475,24 +10434,28 @@ def _handler_class(service: Service, is_tls: bool) -> type:
         def finish(self) -> None:
             """Do nothing: replies are not buffered."""
 
-        def handle_one_request(self) -> None:
-            is_over = True
+        def handle(self) -> None:
             # QueueError: a stream's database failed; its client gets the error when it
             # reconnects.
             with contextlib.suppress(OSError, QueueError):
-                is_over = not self.reader.wait(KEEP_SECONDS) or self.converse()
-            self.close_connection = is_over
+                while self.reader.wait(KEEP_SECONDS) and self.converse():
+                    pass
 
         def converse(self) -> bool:
-            """Serve one request; return True if it was the connection's last."""
+            """Serve one request; return True if another may follow."""
             self.command, self.is_last, self.is_unread = "", True, True
             try:
                 reply = self.reply()
             except QueueError as refusal:
                 reply = refusal_reply(refusal)
+            except OSError:
+                raise
+            except Exception:   # a bug: the server runs on
+                service.log_bug()
+                reply = refusal_reply(denied(500, "internal error"))
             self.is_last = self.is_last or self.is_unread
             self.send_reply(reply)
-            if reply.follows is not None and self.command != "HEAD":
+            if reply.follows is not None:
                 self.send_events(reply.follows)
             service.connections.mark(self.request, time.monotonic())
             if self.is_unread:
@@ -10500,7 +10463,7 @@ def _handler_class(service: Service, is_tls: bool) -> type:
                 # client may lose the reply (RFC 9112, section 9.6).
                 self.request.shutdown(1)    # SHUT_WR: the client may still send
                 self.reader.drain(LINGER_SECONDS)
-            return self.is_last
+            return not self.is_last
 
         def reply(self) -> Reply:
             """Read a request, its body only if admitted; return the reply; QueueError.
@@ -10535,8 +10498,16 @@ def _handler_class(service: Service, is_tls: bool) -> type:
                 if len(request.body) < size:
                     raise Invalid("the body ends too soon")
                 self.is_unread = False
-            reply = service.answer(route, request, self.request)
-            if reply.follows is not None and self.command != "HEAD":
+            with contextlib.nullcontext() if request.role else service.anonymous:
+                service.connections.mark(self.request, Connections.BUSY if request.role
+                                         else time.monotonic())
+                with service.database() as queue:
+                    reply = respond(route, queue, request)
+            if reply.log:
+                service.log(reply.log)
+            if self.command == "HEAD":
+                return reply._replace(follows=None)
+            if reply.follows is not None:
                 service.connections.mark(self.request, Connections.STREAM)
                 self.is_last = True
             return reply
@@ -10589,10 +10560,9 @@ def _handler_class(service: Service, is_tls: bool) -> type:
 
 
 # Sent by the main thread, which must not block.
-_BUSY_BODY = b'{"error": "too many connections"}'
 BUSY_REPLY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-              b"Retry-After: 5\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
-              % len(_BUSY_BODY) + _BUSY_BODY)
+              b"Retry-After: 5\r\nContent-Length: 33\r\nConnection: close\r\n\r\n"
+              b'{"error": "too many connections"}')
 
 
 def resolved(host: str, port: int) -> tuple[int, tuple[Any, ...]]:
@@ -10610,24 +10580,21 @@ def resolved(host: str, port: int) -> tuple[int, tuple[Any, ...]]:
 
 def site_of(args: argparse.Namespace, address: str, environ: Mapping[str, str],
             names: Iterable[str]) -> Site:
-    """Return the site for the arguments of `web`. `address` is the one to listen on,
-    `names` are this machine's.
-
-    Whether the site is local depends on the address: even the name `localhost` may
-    resolve to another.
+    """Return the site for the arguments of `web`; `names` are this machine's. Whether
+    it is local depends on `address`: even the name `localhost` may resolve to another.
     """
     import ipaddress    # 4 ms
     there = ipaddress.ip_address(address.partition("%")[0])
     if args.no_auth and not there.is_loopback:
         raise Usage(f"with --no-auth anybody who reaches {args.host} could run "
                     "commands", "omit --no-auth or --host")
-    tokens = {name: environ.get(name, "")
-              for name in ("QUEUECTL_TOKEN", "QUEUECTL_READ_TOKEN")}
-    for name, token in tokens.items():
-        if not re.fullmatch("[!-~]*", token):   # else no header can carry it
+    tokens = []
+    for name in "QUEUECTL_TOKEN", "QUEUECTL_READ_TOKEN":
+        tokens.append(environ.get(name, ""))
+        if not re.fullmatch("[!-~]*", tokens[-1]):  # else no header can carry it
             raise Invalid(f"{name} has spaces or non-ASCII characters",
                           "use letters and digits")
-    token, read_token = tokens.values()
+    token, read_token = tokens
     if token and token == read_token:
         raise Invalid("QUEUECTL_TOKEN and QUEUECTL_READ_TOKEN are the same",
                       "set different tokens, or only one")
@@ -10663,7 +10630,7 @@ def tls_context(args: argparse.Namespace) -> ssl.SSLContext | None:
 
 def listen(service: Service, args: argparse.Namespace, family: int,
            address: tuple[Any, ...]) -> Any:
-    """Return the listening server of `web`; Conflict, Refused."""
+    """Return the server of `web`, which listens; Conflict, Refused."""
     tls = tls_context(args)
     import socketserver
 
