@@ -10086,9 +10086,9 @@ def _check_host(site: Site, request: Request) -> None:
 
 
 def _check_origin(request: Request) -> None:
-    # Only browsers send these headers. Both schemes are accepted, since a proxy may add
-    # TLS. The origin of sandboxed frames and files is "null". `same-site` may be another
-    # port of this host.
+    # Only browsers send these headers. A proxy may add TLS, so both schemes are accepted.
+    # The origin of sandboxed frames and files is "null"; `same-site` may be another port
+    # of this host.
     scheme, _, place = request.headers.get("origin", "").partition("://")
     is_foreign = "origin" in request.headers and (
         scheme not in ("http", "https")
