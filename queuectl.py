@@ -8069,10 +8069,11 @@ a:hover, footer a, .toast a, #health a, .reason a, .tag {
 .skip:focus { top: .5rem; background: var(--panel); padding: .5rem .75rem }
 
 /* Things to press. */
-button, select, input, textarea { font: inherit; color: inherit }
-button { display: inline-flex; align-items: center; justify-content: center;
-  min-height: 2rem; padding: 0 .75rem; border: 1px solid var(--line);
-  border-radius: 6px; background: var(--panel); cursor: pointer; white-space: nowrap }
+button, select, input, textarea { font: inherit; color: inherit; min-height: 2rem;
+  min-width: 0; padding: 0 .5rem; border: 1px solid var(--edge); border-radius: 6px;
+  background: var(--panel) }
+button { padding: 0 .75rem; border-color: var(--line); cursor: pointer;
+  white-space: nowrap }
 button:hover { background: var(--hover) }
 button:disabled { color: var(--quiet); opacity: .6; cursor: default }
 button.primary { background: var(--accent); border-color: var(--accent);
@@ -8082,9 +8083,6 @@ button.danger { color: var(--bad) }
 button.plain { min-height: 1.5rem; padding: 0 .375rem; border-color: transparent;
   background: none; color: var(--quiet); font-size: var(--small) }
 button.plain:hover { color: var(--ink); background: var(--hover) }
-select, input, textarea { min-height: 2rem; padding: 0 .5rem;
-  border: 1px solid var(--edge); border-radius: 6px; background: var(--panel);
-  min-width: 0 }
 textarea { padding: .375rem .5rem; resize: vertical; width: 100% }
 input[type=checkbox] { min-height: 0; accent-color: var(--accent) }
 ::placeholder { color: var(--quiet); opacity: 1 }
@@ -8104,32 +8102,32 @@ input[type=checkbox] { min-height: 0; accent-color: var(--accent) }
 .processing .mark { animation: breathe 2s ease-in-out infinite }
 @keyframes breathe { 50% { opacity: .35 } }
 
-/* The frame. */
-.top { display: flex; align-items: center; gap: .75rem; position: sticky; top: 0;
-  z-index: 5; padding: .625rem max(1.25rem, 50vw - 43.75rem); background: var(--ground);
+/* The frame. Most boxes are one of these two. */
+#board, .pair, .stack, #job, .split, .row, dialog form { display: grid; gap: .875rem }
+.top, .notice, .brand, footer, #health, .panel > header, .legend, .worker h3, .filters,
+.pager, .title, .actions, .buttons, .toast { display: flex; flex-wrap: wrap;
+  gap: .25rem .75rem; align-items: center }
+.top, .notice { padding: .625rem max(1.25rem, 50vw - 43.75rem);
   border-bottom: 1px solid var(--line) }
-.brand { display: flex; align-items: center; gap: .5rem; font-weight: 600 }
+.top { position: sticky; top: 0; z-index: 5; background: var(--ground) }
+.top, .worker h3, .toast { flex-wrap: nowrap }
+.brand { gap: .5rem; font-weight: 600 }
 .brand svg { color: var(--accent); width: 1.125rem; height: 1.125rem }
 .top .path { flex: 1; color: var(--quiet); font-size: var(--small) }
 main, footer { max-width: 90rem; margin: 0 auto; padding: 1rem 1.25rem }
-footer { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: center;
-  color: var(--quiet); font-size: var(--small) }
-.notice { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
-  padding: .625rem max(1.25rem, 50vw - 43.75rem); background: var(--warn-tint);
-  border-bottom: 1px solid var(--line) }
+footer, .legend { color: var(--quiet); font-size: var(--small) }
+.notice { background: var(--warn-tint) }
 .notice.bad { position: sticky; top: 3.3125rem; z-index: 4; background: var(--bad-tint);
   color: var(--ink) }
 body.stale main > * { opacity: .6 }
 .panel { background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
   min-width: 0 }
-.panel > header { display: flex; flex-wrap: wrap; align-items: center;
-  gap: .25rem .75rem; padding: .375rem .875rem; min-height: 2.375rem }
+.panel > header { padding: .375rem .875rem; min-height: 2.375rem }
 .panel > header h2 { margin-right: auto }
 .none { padding: .25rem .875rem .875rem; color: var(--quiet) }
 
 /* The board: counts and charts and lists at the left, the machinery at the right. */
-#board { display: grid; gap: .875rem; grid-template-columns: minmax(0, 1fr) }
-#health { display: flex; align-items: center; gap: .625rem; flex-wrap: wrap }
+#board { grid-template-columns: minmax(0, 1fr) }
 #health .mark { width: .625rem; height: .625rem }
 .counts { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 1px;
   overflow: hidden; background: var(--line) }
@@ -8141,13 +8139,11 @@ body.stale main > * { opacity: .6 }
   box-shadow: inset 0 -2px var(--accent) }
 .counts b { font-size: var(--figure); font-weight: 500; line-height: 1.3;
   letter-spacing: -.02em }
-.pair { display: grid; gap: .875rem; grid-template-columns: repeat(2, minmax(0, 1fr)) }
-.side { display: grid; gap: .875rem; align-content: start }
+.pair { grid-template-columns: repeat(2, minmax(0, 1fr)) }
+.stack { align-content: start; min-width: 0 }
 
 /* Charts. */
 .chart .legend { flex-basis: 100% }
-.legend { display: flex; flex-wrap: wrap; gap: 0 .875rem; font-size: var(--small);
-  color: var(--quiet) }
 .legend b { color: var(--ink); font-weight: 500 }
 .legend i { display: inline-block; width: .5rem; height: .5rem; margin-right: .375rem;
   border-radius: 1px; background: currentColor }
@@ -8169,8 +8165,7 @@ details > summary { cursor: pointer; color: var(--quiet); font-size: var(--small
 .reason { font-size: var(--small); color: var(--quiet) }
 .reason.bad { color: var(--bad) }
 .worker { border-top: 1px solid var(--line); padding: .3125rem 0 .4375rem }
-.worker h3 { display: flex; gap: .5rem; align-items: center; padding: 0 .875rem }
-.worker h3 .cut { flex: 1 } .worker > p { padding: 0 .875rem }
+.worker h3, .worker > p { padding: 0 .875rem } .worker h3 .cut { flex: 1 }
 .worker .brief { border-top: 0; padding-block: .125rem }
 .slots { display: flex; gap: 2px; flex-wrap: wrap; max-width: 7rem }
 .slots i { width: .5rem; height: .5rem; border-radius: 1px; background: var(--line) }
@@ -8182,7 +8177,7 @@ details > summary { cursor: pointer; color: var(--quiet); font-size: var(--small
 #queues button, .panel > header .plain { margin-right: -.375rem }
 
 /* The table of jobs. */
-.filters { display: flex; flex-wrap: wrap; gap: .5rem; padding: 0 .875rem .75rem }
+.filters { gap: .5rem; padding: 0 .875rem .75rem }
 .filters input[type=search] { flex: 1 1 14rem }
 .filters input[name=tag] { width: 7.5rem }
 table { width: 100%; border-collapse: collapse; text-align: left }
@@ -8199,13 +8194,11 @@ th:last-child, td:last-child { padding-right: .875rem }
 .c-state { width: 7rem } .c-id { width: 5.5rem } .c-queue { width: 5rem }
 .c-tries { width: 3rem } .c-took { width: 4.5rem } .c-age { width: 4.75rem }
 .c-act { width: 4.25rem } .c-act button { margin-right: -.375rem }
-#runs { overflow-x: auto }
 #runs th:nth-child(2) { width: 60% }
 .c-id a, .brief > a { font-family: var(--mono); font-size: .95em }
 .line { display: flex; gap: .5rem; align-items: baseline }
 .line .tag { flex: none; max-width: 7rem; min-width: 1.5rem }
-.pager { display: flex; gap: .5rem; align-items: center; justify-content: flex-end;
-  padding: .5rem .875rem; border-top: 1px solid var(--line) }
+.pager { gap: .5rem; padding: .5rem .875rem; border-top: 1px solid var(--line) }
 .pager span { margin-right: auto }
 .begin { padding: .5rem .875rem 1.25rem; max-width: 44rem }
 .begin li { margin-top: .75rem }
@@ -8213,13 +8206,9 @@ th:last-child, td:last-child { padding-right: .875rem }
   border-radius: 6px; background: var(--ground); white-space: pre-wrap }
 
 /* A job's page. */
-#job { display: grid; gap: .875rem }
-.title { display: flex; flex-wrap: wrap; gap: .5rem .875rem; align-items: center }
 .title h1 { font-family: var(--mono) }
-.title .actions { display: flex; gap: .5rem; margin-left: auto }
-.split { display: grid; gap: .875rem; grid-template-columns: minmax(0, 1fr) 20rem;
-  align-items: start }
-.stack { display: grid; gap: .875rem; min-width: 0 }
+.title .actions { margin-left: auto }
+.split { grid-template-columns: minmax(0, 1fr) 20rem; align-items: start }
 .why { padding: .625rem .875rem; border-left: 3px solid var(--edge) }
 .why.bad { border-left-color: var(--bad); color: var(--ink) }
 .why div + div { margin-top: .5rem } .why h2 { font-weight: 400 }
@@ -8238,22 +8227,19 @@ dialog { width: min(34rem, calc(100vw - 2rem)); max-height: calc(100dvh - 2rem);
   background: var(--panel); color: var(--ink);
   box-shadow: 0 12px 40px rgb(0 0 0 / .25) }
 dialog::backdrop { background: rgb(0 0 0 / .4) }
-dialog form { padding: 1.125rem 1.25rem; display: grid; gap: .875rem }
+dialog form { padding: 1.125rem 1.25rem }
 dialog h2 { font-size: var(--large) }
-.row { display: grid; gap: .875rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(9rem, 100%), 1fr)) }
+.row { grid-template-columns: repeat(auto-fill, minmax(min(9rem, 100%), 1fr)) }
 .field { display: grid; gap: .25rem; align-content: start }
 .field:has(textarea) { grid-column: 1 / -1 }
 .field input:not([type=checkbox]) { width: 100% }
 .field [aria-invalid=true] { border-color: var(--bad) }
-.buttons { display: flex; justify-content: flex-end; gap: .5rem }
+.buttons { justify-content: flex-end }
 dialog details > :not(summary) { margin-top: .75rem }
-.toasts { position: fixed; right: 1rem; bottom: 1rem; z-index: 20; display: grid;
-  gap: .5rem; max-width: min(26rem, calc(100vw - 2rem)) }
-.toasts > div { display: grid; gap: .5rem }
-.toast { display: flex; justify-content: space-between; align-items: center;
-  gap: .75rem; padding: .5rem .875rem; border: 1px solid var(--line);
-  border-radius: 8px; background: var(--panel);
+.toasts { position: fixed; right: 1rem; bottom: 1rem; z-index: 20;
+  max-width: min(26rem, calc(100vw - 2rem)) }
+.toast { justify-content: space-between; margin-top: .5rem; padding: .5rem .875rem;
+  border: 1px solid var(--line); border-radius: 8px; background: var(--panel);
   box-shadow: 0 6px 20px rgb(0 0 0 / .14) }
 .toast.bad { color: var(--ink); border-color: var(--bad) }
 
@@ -8303,7 +8289,7 @@ const SHORT = 4;            // lines in the short lists
 const SLOTS = 12;           // lines a worker shows
 const KEPT = 1 << 20;       // characters of an output that are drawn
 const OVERDUE = 30;         // seconds without heartbeat that call for attention
-const PATIENCE = 20000;     // ms to wait for an answer, or for any event
+const PATIENCE = 30000;     // ms to wait for an answer, or for any event
 
 // ---- 1 Elements. Data reaches the document as text nodes only. ----
 
@@ -8480,7 +8466,6 @@ async function ask(method, path, body) {
   catch { throw new Refused("the server does not answer"); }
   const skew = Date.parse(reply.headers.get("Date")) - Date.now();
   model.skew = Math.abs(skew) > 2000 ? skew : 0;     // the header counts whole seconds
-  lastContact = performance.now();
   if (reply.status === 401) logOut();
   if (reply.ok) return reply;
   const { error = `the server answered ${reply.status}`, hint, key } =
@@ -8570,16 +8555,19 @@ async function readJobs() {
 
 // ---- 5 Live: server-sent events. ----
 
-let stream = null, retryPause = 1000, retryTimer = null, lastContact = 0;
+let stream = null, retryPause = 1000, retryTimer = null, lastStatus = "", heardAt = 0;
 
 function listen() {
   disconnect();
+  heardAt = performance.now();
   stream = new EventSource("/api/events");
   stream.addEventListener("open", onConnect);
   stream.addEventListener("error", onDisconnect);
-  stream.addEventListener("status", event => {
-    model.status = JSON.parse(event.data);
-    lastContact = performance.now();
+  stream.addEventListener("status", ({ data }) => {
+    heardAt = performance.now();
+    if (data === lastStatus) return;
+    lastStatus = data;
+    model.status = JSON.parse(data);
     showStatus(); refreshAll();
   });
   stream.addEventListener("change", event => {
@@ -8607,13 +8595,6 @@ function onDisconnect() {
   showConnection();
   retryTimer = setTimeout(reconnect, retryPause);
   retryPause = Math.min(retryPause * 2, 15000);
-}
-
-// No event may mean a dead connection, which no error reports: ask.
-async function probe() {
-  if (model.link !== "live" || performance.now() - lastContact < PATIENCE) return;
-  try { await ask("GET", "/healthz"); }
-  catch { onDisconnect(); }
 }
 
 async function reconnect() {
@@ -9351,7 +9332,8 @@ setInterval(tick, 1000);
 setInterval(() => {
   if (model.link !== "live" || document.hidden) return;
   refresh.history();
-  probe();
+  // No error reports a dead connection.
+  if (performance.now() > heardAt + PATIENCE) onDisconnect();
 }, 15000);
 reconnect();
 </script>
@@ -9408,7 +9390,7 @@ reconnect();
           <a class="small quiet" href="#/?state=dead">All dead</a></header>
         <ul id="failures"></ul><p class="none">Nothing has failed.</p></section>
     </div>
-    <div class="side">
+    <div class="stack side">
       <section class="panel" aria-labelledby="workers-title">
         <header><h2 id="workers-title">Workers</h2>
           <span class="quiet small" id="slots"></span></header>
@@ -10086,9 +10068,9 @@ def _check_host(site: Site, request: Request) -> None:
 
 
 def _check_origin(request: Request) -> None:
-    # Only browsers send these headers. A proxy may add TLS, so both schemes are accepted.
-    # The origin of sandboxed frames and files is "null"; `same-site` may be another port
-    # of this host.
+    # Only browsers send these headers. Both schemes are accepted, as a proxy may add
+    # TLS. The origin of sandboxed frames and files is "null". `same-site` may be
+    # another port of this host.
     scheme, _, place = request.headers.get("origin", "").partition("://")
     is_foreign = "origin" in request.headers and (
         scheme not in ("http", "https")
@@ -10266,7 +10248,7 @@ SEND_SECONDS = 10           # for each READ_SIZE bytes of a reply
 LINGER_SECONDS = 1          # for the client to read a refusal before the close
 ACCEPT_PAUSE = 0.05         # seconds, when no descriptor is free
 STOP_SECONDS = 1            # for unfinished replies when the server stops
-KEEP_ALIVE = 15             # seconds between comments in an idle stream
+KEEP_ALIVE = 15             # seconds between events; proxies cut idle connections
 MAX_STREAMS = 32            # event streams that are open at once
 SPARE_DATABASES = 4         # kept open for the next requests
 FEED_TICK = 0.2             # seconds between two polls of a stream
@@ -10285,10 +10267,10 @@ def event_stream(queue: Queue, last: int,
     """Yield at each poll the new server-sent events, or b"".
 
     They are the changes after event `last` (-1: only future ones), and the status when
-    it differs. Nothing else may use `queue`: PRAGMA data_version shows only commits of
-    other connections.
+    it differs, or as a sign of life. Nothing else may use `queue`: PRAGMA data_version
+    shows only commits of other connections.
     """
-    seen, shown_at, is_stale = -1, -math.inf, False
+    seen, shown_at, sent_at, is_stale = -1, -math.inf, -math.inf, False
     shown: dict[str, Any] = {}
     seq, unsent = queue.last_event(), b"retry: 2000\n\n"
     if last > seq:      # of another database, such as before a backup was restored
@@ -10311,7 +10293,9 @@ def event_stream(queue: Queue, last: int,
         now = clock()
         if now >= shown_at + (STATUS_PAUSE if is_stale else STATUS_EVERY):
             status = status_object(queue.status())
-            unsent += sse("status", status, seq) if status != shown else b""
+            if status != shown or now >= sent_at + KEEP_ALIVE:
+                unsent += sse("status", status, seq)
+                sent_at = now
             shown, shown_at, is_stale = status, now, False
         yield unsent
         unsent = b""
@@ -10540,17 +10524,12 @@ def _handler_class(service: Service, is_tls: bool) -> type:
                 self.request.sendall(whole[at:at + READ_SIZE])
 
         def send_events(self, last: int) -> None:
-            """Send new events until the client or the database goes away; when idle,
-            comments, since proxies cut idle connections (HTML, "Server-sent events").
-            """
-            poller, sent_at = select.poll(), time.monotonic()
+            """Send new events until the client or the database goes away."""
+            poller = select.poll()
             poller.register(self.request, getattr(select, "POLLRDHUP", select.POLLIN))
             with Queue(service.path, create=False) as queue:
                 for piece in event_stream(queue, last):
-                    if piece or time.monotonic() >= sent_at + KEEP_ALIVE:
-                        self.request.settimeout(SEND_SECONDS)
-                        self.request.sendall(piece or b":\n\n")
-                        sent_at = time.monotonic()
+                    self.request.sendall(piece)
                     # Without POLLRDHUP any input is taken for the client's end.
                     if poller.poll(1000 * FEED_TICK) \
                             or not queue.store.db.is_in_place():

@@ -5151,10 +5151,11 @@ class Web(Case):
         for now, sent in (
                 (0.1, b'^id: 1\nevent: change\ndata: {"id": "one", "from": null, "to": "pending", '
                  b'"at": "%s", "reason": "enqueued"}\n\n$' % queuectl.iso(NOON).encode()),
-                (0.6, b'^id: 1\nevent: status\ndata: .*"pending": 1'), (6.0, b"^$")):
+                (0.6, b'^id: 1\nevent: status\ndata: .*"pending": 1'), (6.0, b"^$"),
+                (16.0, b"^id: 1\nevent: status\n"), (17.0, b"^$")):
             self.assertRegex(next(stream), sent)
         self.jobs(queuectl.FEED_BATCH + 1)
-        now = 7.0
+        now = 18.0
         for one in (stream, queuectl.event_stream(self.a_queue(), 0)):
             self.assertIn(b"id: 1002\nevent: resync\ndata: {}\n\nid: 1002\nevent: status",
                           next(one))
