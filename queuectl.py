@@ -6261,10 +6261,12 @@ def progress_line(progress: Progress, rate: float | None, width: int) -> str:
 
 
 def prefixed(job_id: str, output: bytes, place: int, style: Style) -> bytes:
-    """Return whole lines of output, each after the job's id in the colour `place`."""
+    """Return the lines of output, each after the job's id in the colour `place`."""
     shades = list(STATE_COLOURS.values())
     prefix = style.paint(f"{job_id} |", shades[place % len(shades)]).encode()
-    return b"".join(prefix + b" " + line for line in output.splitlines(keepends=True))
+    ending = b"\n" if output and not output.endswith(b"\n") else b""
+    return b"".join(prefix + b" " + line
+                    for line in (output + ending).splitlines(keepends=True))
 
 
 def worker_lines(workers: Sequence[Worker], style: Style) -> list[str]:
@@ -12210,85 +12212,72 @@ def _last_lines(output: bytes, n: int | None) -> bytes:
         b"\n".join(lines[-n - output.endswith(b"\n"):]) * bool(n)
 
 
-class Follower:
-    """The output of one job as it comes, through its retries, to its end.
+def followed(queue: Queue, job_id: str, only: int | None = None,
+             lines: int | None = None, seen: int = 0) -> Iterator[tuple[bytes, str]]:
+    """Yield what is new of a job's output at each step, and a note on a run that has
+    ended before a retry, or "", until the job, or the run `only`, has ended.
 
-    `number`: only of that run; `lines`: of what is there already only the last ones;
-    `whole`: by whole lines.
+    `lines`: of what is there already only the last ones; `seen`: bytes to skip. The job
+    is read before its run: if it is over, the run's end was recorded in the same
+    transaction, so no output is missed. Bytes are counted as printed: what is left out
+    of the middle meanwhile is reported.
     """
-
-    def __init__(self, queue: Queue, job_id: str, number: int | None = None,
-                 lines: int | None = None, whole: bool = False) -> None:
-        self.job_id, self.is_over = job_id, False
-        self._queue, self._only, self._lines, self._whole = queue, number, lines, whole
-        # The current run (None: the last there is), and the bytes of it that were seen.
-        self._number, self.seen = number, 0
-        self._begun = b""       # of a line
-
-    def step(self) -> tuple[bytes, str]:
-        """What is new, and a note on a run that has ended before a retry, or "".
-
-        The job is read before its run: if it is over, the run's end was recorded in the
-        same transaction, so no output is missed. Bytes are counted as printed: what is
-        left out of the middle meanwhile is reported.
-        """
-        job = self._queue.job(self.job_id)
+    number, is_over = only, False       # of the current run; None: the last
+    while not is_over:
+        job = queue.job(job_id)
         try:
-            run = self._queue.run(self.job_id, self._number)
+            run = queue.run(job_id, number)
         except NotFound as error:
-            self.is_over = job.state in OVER
-            if self.is_over or error.code != "no-such-run":
+            if job.state in OVER and number != only:    # cancelled before its retry
+                return
+            if job.state in OVER or error.code != "no-such-run":
                 raise
-            return b"", ""      # it has not begun
-        fresh = self._begun + _last_lines(
-            readable(run.output, run.output_bytes, self.seen), self._lines)
-        self._number, self.seen, self._lines, note = \
-            run.number, run.output_bytes, None, ""
+            yield b"", ""       # it has not begun
+            continue
+        fresh = _last_lines(readable(run.output, run.output_bytes, seen), lines)
+        number, seen, lines, note = run.number, run.output_bytes, None, ""
         if run.outcome is not None:
-            is_last = run.number == self._queue.run(self.job_id).number
-            self.is_over = self._only is not None or (job.state in OVER and is_last)
-            if not self.is_over:    # the next run may not have begun
-                note = f"-- run {run.number} of {self.job_id}: {run.outcome}"
-                self._number, self.seen = run.number + 1, 0
-        is_part = self._whole and not (self.is_over or note)
-        end = fresh.rfind(b"\n") + 1 if is_part else len(fresh)
-        self._begun = fresh[end:]
-        return fresh[:end], note
-
-
-def _labelled(job_id: str, output: bytes, place: int, screen: Screen) -> bytes:
-    ending = b"\n" if output and not output.endswith(b"\n") else b""
-    return prefixed(job_id, output + ending, place, screen.style())
+            is_over = only is not None or (
+                job.state in OVER and run.number == queue.run(job_id).number)
+            if not is_over:     # the next run may not have begun
+                note = f"-- run {run.number} of {job_id}: {run.outcome}"
+                number, seen = run.number + 1, 0
+        yield fresh, note
 
 
 def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    """Print what jobs print as it comes, until they (or that run) are over."""
+    """Print what jobs print as it comes, until they (or that run) are over; of several
+    jobs whole lines.
+    """
     ids, caller = list(dict.fromkeys(args.ids)), queue.caller()
     if caller and caller.id in ids:
         raise Refused("blocked",
                       f"{caller.id} runs this command, so its output has no end",
                       "follow it from outside of the job")
-    left = [Follower(queue, job_id, args.attempt, args.tail, len(ids) > 1)
-            for job_id in ids]
-    for one in left:
-        one.seen = args.start or 0
-    said, say_at = set[str](), 0.0
+    left = {job_id: followed(queue, job_id, args.attempt, args.tail, args.start or 0)
+            for job_id in ids}
+    said, say_at, begun = set[str](), 0.0, dict.fromkeys(ids, b"")
     while left:
         screen.check_reader()
-        jobs = queue.named([one.job_id for one in left])
+        jobs = queue.named([*left])
         if any(job.state == PROCESSING for job in jobs):
             queue.peek()
         if time.monotonic() >= say_at:
             _say_why(queue, screen, jobs, said)
             say_at = time.monotonic() + FALLBACK_POLL
-        for one in left:
-            fresh, note = one.step()
+        for job_id in [*left]:
+            fresh, note = next(left[job_id], (b"", None))
+            if len(ids) > 1:
+                fresh = begun[job_id] + fresh
+                end = fresh.rfind(b"\n") + 1 if note == "" else len(fresh)
+                fresh, begun[job_id] = prefixed(
+                    job_id, fresh[:end], ids.index(job_id), screen.style()), fresh[end:]
             if fresh:
-                screen.raw(fresh if len(ids) == 1 else _labelled(
-                    one.job_id, fresh, ids.index(one.job_id), screen))
+                screen.raw(fresh)
             if note:
                 screen.note(note)
-        left = [one for one in left if not one.is_over]
+            if note is None:
+                del left[job_id]
         time.sleep(0.1 if left else 0)
 
 
@@ -12329,7 +12318,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     for place, (job_id, run) in enumerate(zip(args.ids, runs)):
         output = _last_lines(readable(run.output, run.output_bytes, args.start or 0),
                              args.tail)
-        screen.raw(_labelled(job_id, output, place, screen)
+        screen.raw(prefixed(job_id, output, place, screen.style())
                    if len(args.ids) > 1 else output)
 
 
@@ -12726,6 +12715,10 @@ def cmd_mcp(args: argparse.Namespace, _: object, screen: Screen) -> None:
         serve_agent(agent, piped_stdin().fileno())
 
 
+def cmd_version(args: argparse.Namespace, _: object, screen: Screen) -> None:
+    _view(args, screen, {"version": __version__}, [f"queuectl {__version__}"])
+
+
 def database_path(given: str | None) -> str:
     """As given, else as the environment says; `--db "$UNSET"` counts as none."""
     return given or os.environ.get("QUEUECTL_DB") or "queue.db"
@@ -13109,6 +13102,7 @@ COMMANDS = (    # in the order of the help
                   "with N slots, which exits when no work is left",
                   type=lambda text: parse_whole(text, 1, MAX_SLOTS)),
            eg="mcp --worker 4\n--db /srv/jobs.db mcp --read-only", also="agent"),
+    _entry("version", cmd_version, "show the version", NEITHER, _JSON, eg="version"),
 )
 # What stands above a command in `queuectl help`.
 HEADINGS = {"enqueue": "first steps", "list": "jobs", "pause": "queues and schedules",
@@ -13188,7 +13182,8 @@ LOOKED_AT = 2000       # newest jobs of each state that completion reads
 COMPLETE = "__complete"     # the command that completion scripts run
 ASKS = ("-h", "--help", "--version")
 MARK = "\0"            # completion: replaces the word under the cursor
-FILES, DIRS = "files", "dirs"   # kinds of values that the shell completes
+# Values that the shell completes, by metavar.
+PATHS = {"F": "files", "FILE": "files", "PATH": "files", "DIR": "dirs"}
 # These take the words after the first `--` unchanged.
 TAKE_WORDS = (cmd_enqueue, cmd_schedule_add)
 # The states of jobs that a command accepts, if not all.
@@ -13230,8 +13225,8 @@ def find(words: Sequence[str]) -> tuple[Sequence[Entry], list[str]]:
             return COMMANDS, [*words]
         at += 2 if words[at] == "--db" else 1
     flags, names = [*words[:at]], [*words[at:]]
-    if names in ([], ["version"], ["help", "version"]):
-        return COMMANDS, [*flags, *["--version"] * bool(names)]
+    if not names:
+        return COMMANDS, flags
     if names[0] == "help":
         return find([*flags, *names[1:], "--help"])
     for length in (2, 1):
@@ -13401,21 +13396,6 @@ def unquoted(word: str) -> str:
     return word
 
 
-def _kind_of(entry: Entry, one: Option, word: str = "") -> str:
-    """Return the kind of an argument's values; "" for new names, or without a kind.
-
-    KEY of a flag (--sort, --unique) is not a setting; `enqueue @F` is a file.
-    """
-    metavar = one.settings.get("metavar", "")
-    if one.names[0] == "--id" or (metavar == "KEY" and one.names[0].startswith("-")):
-        return ""
-    if metavar == "NAME":       # a command that creates something needs a new name
-        return entry.words[0] if entry.opens in (READS, CHANGES) else ""
-    if metavar in ("F", "FILE", "PATH") or (metavar == "JOB" and word[:1] == "@"):
-        return FILES
-    return DIRS if metavar == "DIR" else str(metavar)
-
-
 def _job_choices(rows: Rows, bounds: Mapping[str, Any],
                  states: Sequence[str]) -> list[tuple[str, str]]:
     found = [row for state in states
@@ -13427,40 +13407,39 @@ def _job_choices(rows: Rows, bounds: Mapping[str, Any],
             for _, job_id, state, command in dict.fromkeys(found)]
 
 
-def _queue_choices(rows: Rows, *_: object) -> list[tuple[str, str]]:
-    counts: dict[str, list[str]] = {name: [] for name, *_ in rows(Sql.QUEUES)}
-    for name, state, n in rows(Sql.COUNTS):
-        if n:
-            counts.setdefault(name, []).append(f"{n} {state}")
-    counts.pop(EVERY_QUEUE, None)
-    return [(name, ", ".join(counts[name])) for name in sorted(counts)]
-
-
-# Kinds of values in the database, by metavar; for NAME by command.
+# The values in the database, by metavar; for NAME by command.
 _IN_QUEUE: dict[str, Callable[..., Sequence[tuple[str, str]]]] = {
-    "ID": _job_choices, "Q": _queue_choices,
+    "ID": _job_choices,
+    "Q": lambda rows, *_: [(name, "") for name in sorted({
+        *(name for name, *_ in rows(Sql.QUEUES)),
+        *(name for name, _, n in rows(Sql.COUNTS) if n)} - {EVERY_QUEUE})],
     "T": lambda rows, bounds, _: [(tag, "") for tag, in rows(Sql.TAGS_FROM, **bounds)],
     "worker": lambda rows, *_: rows(Sql.WORKER_NAMES),
     "schedule": lambda rows, *_: rows(Sql.SCHEDULE_NAMES)}
 
 
-def _values(kind: str, word: str, entry: Entry, path: str) -> Sequence[tuple[str, str]]:
-    """Return values of a kind, each with its meaning, if there is a queue.
+def _values(entry: Entry, one: Option, word: str,
+            path: str) -> Sequence[tuple[str, str]] | None:
+    """Return the values of an argument, each with its meaning; None: of any kind.
 
     `glance` does not create, upgrade or wait. Few rows are read, by an index: `name >=
     word AND name < end` can use it, LIKE cannot (SQLite, "The LIKE Optimization").
     Names are ASCII without DEL.
     """
-    allowed = STATES_OF.get(entry.words, STATES)
-    if kind == "KEY":
+    kind, states = one.settings.get("metavar", ""), STATES_OF.get(entry.words, STATES)
+    if one is _KEY:
         return [(key, setting.help) for key, setting in SETTINGS.items()]
-    if kind in ("S", "F,F"):
-        return [(name, "") for name in (allowed if kind == "S" else JSON_KEYS)]
+    fixed = one.settings.get("choices") or {"S": states, "F,F": JSON_KEYS}.get(kind)
+    if fixed:
+        return [(value, "") for value in fixed]
+    if kind == "NAME" and entry.opens in (READS, CHANGES):      # not a new name
+        kind = entry.words[0]
+    if kind not in _IN_QUEUE or one.names[0] == "--id":
+        return None
     bounds = {"word": word, "end": word + "\x7f", "look": LOOKED_AT, "limit": OFFERED}
-    if kind in _IN_QUEUE:
-        path = os.path.expanduser(os.path.expandvars(path))
-        with contextlib.suppress(QueueError), glance(database_path(path)) as rows:
-            return _IN_QUEUE[kind](rows, bounds, allowed)
+    path = os.path.expanduser(os.path.expandvars(path))
+    with contextlib.suppress(QueueError), glance(database_path(path)) as rows:
+        return _IN_QUEUE[kind](rows, bounds, states)
     return ()
 
 
@@ -13488,7 +13467,7 @@ def offers(words: Sequence[str]) -> list[str]:
     entries, rest = find(before)
     entry = _overview(entries) if entries is COMMANDS else usual(entries)
     if entry.run in TAKE_WORDS and "--" in rest:
-        return [f"\t{FILES}\t"]     # the words of the user's command
+        return ["\tfiles\t"]       # the words of the user's command
     flag, sign, value = word.partition("=")
     head, word = (flag + sign, value) if word.startswith("--") and sign else ("", word)
     args, extra = parser_of(entry, False).parsed([*rest, head + MARK])
@@ -13506,14 +13485,15 @@ def offers(words: Sequence[str]) -> list[str]:
     is_needed = one and (head or (one.names[0].startswith("-")
                                   and one.settings.get("nargs") != "?"))
     if one and (is_needed or not word.startswith("-")):
-        kind = _kind_of(entry, one, word)
-        fixed = [(value, "") for value in one.settings.get("choices", ())]
-        if kind in (FILES, DIRS):
-            is_at = one.settings["metavar"] == "JOB"
-            return [f"\t{kind}\t{'@' if is_at else head}"]
-        if is_needed or fixed or kind in _IN_QUEUE or kind == "KEY":
-            path = next(filter(None, reversed(given.get("db", []))), "")
-            choices = fixed or _values(kind, word, entry, path)
+        metavar = one.settings.get("metavar")
+        if metavar in PATHS:
+            return [f"\t{PATHS[metavar]}\t{head}"]
+        if metavar == "JOB" and word.startswith("@"):
+            return ["\tfiles\t@"]
+        found = _values(entry, one, word, next(filter(
+            None, reversed(given.get("db", []))), ""))
+        if is_needed or found is not None:
+            choices = found or ()
     if not is_needed and not word.startswith("-") and len(entries) > 1:
         choices = _command_choices(entries)
     taken = given[one.dest] if one else ()

@@ -3940,7 +3940,7 @@ class Views(Case):
                              f"{at}  {shown}  a\\x1b[2J; b")
 
     def test_each_line_of_a_job_has_the_job_before_it_in_a_colour_of_its_own(self):
-        for text, shown in ((b"one\n\ntwo\xff", b"a | one\na | \na | two\xff"), (b"", b"")):
+        for text, shown in ((b"one\n\ntwo\xff", b"a | one\na | \na | two\xff\n"), (b"", b"")):
             self.assertEqual(queuectl.prefixed("a", text, 0, self.PLAIN), shown)
         colours = [queuectl.prefixed("a", b"x\n", place, self.COLOURED) for place in range(7)]
         self.assertEqual((colours[0], len(set(colours)), colours[6]),
@@ -5669,12 +5669,12 @@ class CommandLine(Case):
         self.assertFalse(self.exists("queue.db"))
 
     def test_help_and_version_are_commands_too(self):
-        for line, flags in (("help", "--help"), ("version", "--version"), ("help version", "--version"),
-                            ("help dlq", "dlq --help"),
+        for line, flags in (("help", "--help"), ("version", "--version"), ("help dlq", "dlq --help"),
                             ("help worker start", "worker start -h"),
                             ("--db x help list", "list --help")):
             with self.subTest(line):
                 self.assertEqual(self.cli(line), self.cli(flags))
+        self.assertEqual(self.printed("version --json"), {"version": queuectl.__version__})
         shown = self.cli("help")[1]
         for word in ("exit status:", "environment:", "files:", "DUR ", "TIME "):
             self.assertIn(word, shown)
@@ -5947,10 +5947,12 @@ class CommandLine(Case):
 
     def test_a_follower_goes_through_the_retries_to_the_end(self):
         self.job(id="a", max_retries=2, backoff_base=0)
-        last, early, follower = (queuectl.Follower(self.queue, "a", n) for n in (None, 1, None))
+        last, early, follower = (queuectl.followed(self.queue, "a", n) for n in (None, 1, None))
 
         def steps(output, note="", over=False, by=follower):
-            self.assertEqual((by.step(), by.is_over), ((output, note), over))
+            self.assertEqual(next(by), (output, note))
+            if over:
+                self.assertEqual(list(by), [])
         steps(b"")
         claim = self.claim()
         self.tick(outputs={claim.number: output_of(b"one\ntw")})
@@ -5963,15 +5965,21 @@ class CommandLine(Case):
         self.run_next(Outcome("completed", 0, None, 0.1, b"done", 4))
         for one in (follower, last):
             steps(b"done", over=True, by=one)
+        self.job(id="b", max_retries=2)
+        self.run_next(1)
+        follower = queuectl.followed(self.queue, "b")
+        steps(b"", "-- run 1 of b: failed", by=follower)
+        self.queue.cancel("b")
+        self.assertEqual(list(follower), [])
 
     def test_a_follower_begins_with_the_last_lines_that_are_wanted(self):
         self.job(id="a")
         claim, lines = self.claim().number, b"1\n2\n3\n"
-        followers = [queuectl.Follower(self.queue, "a", lines=n) for n in (0, 2, 9, None)]
+        followers = [queuectl.followed(self.queue, "a", lines=n) for n in (0, 2, 9, None)]
         for output, seen in ((lines, [b"", b"2\n3\n", lines, lines]),
                              (lines + b"4\n5\n", [b"4\n5\n"] * 4)):
             self.tick(outputs={claim: output_of(output)})
-            self.assertEqual([one.step()[0] for one in followers], seen)
+            self.assertEqual([next(one)[0] for one in followers], seen)
 
     def test_without_the_output_of_each_job_none_is_printed(self):
         self.job(id="a")
