@@ -6090,18 +6090,24 @@ def job_table(jobs: Sequence[Job], style: Style,
             "CRASHES": "0", "TAGS": "", "WHEN": "", "WHY": ""})
 
 
+def field_cell(job: Job, key: str, now: float) -> str:
+    value = getattr(job, key)
+    if value in (None, "", (), {}):
+        return "-"
+    if FIELDS[key].kind.output.get("format") == "date-time":
+        return local_time(epoch(value), now)
+    if isinstance(value, float):
+        return span(value)
+    if isinstance(value, tuple):
+        return ",".join(value)
+    if isinstance(value, dict):
+        return " ".join(f"{name}={cut(one_line(text), 200)}"
+                        for name, text in value.items())
+    return one_line(value if isinstance(value, str) else dumps(value))
+
+
 def field_table(jobs: Sequence[Job], keys: Sequence[str], style: Style) -> list[str]:
-    def cell(key: str, value: Any) -> str:
-        if value in (None, "", (), {}):
-            return "-"
-        if FIELDS[key].kind.output.get("format") == "date-time":
-            return local_time(epoch(value), style.now)
-        if isinstance(value, float):
-            return span(value)
-        if isinstance(value, tuple):
-            return ",".join(value)
-        return one_line(value if isinstance(value, str) else dumps(value, None))
-    return grid([{key.upper(): cell(key, getattr(job, key)) for key in keys}
+    return grid([{key.upper(): field_cell(job, key, style.now) for key in keys}
                  for job in jobs], style, spare=())
 
 
@@ -6280,30 +6286,19 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
                settings: Settings, style: Style) -> list[str]:
     def when(stamp: str) -> str:
         return f"{local_time(epoch(stamp), style.now)} ({ago(stamp, style.now)})"
-    backoff = job.backoff_base
+    elsewhere = ("id", "command", "state", "attempts", "max_retries", "run_at", "held",
+                 "created_at", "updated_at", "started_at", "finished_at", "exit_code")
     rows = (
         ("job", style.paint(job.id, BOLD)),
         ("command", f"\n{'':<13}".join(map(one_line, job.command.split("\n")))),
         ("state", style.paint(state_cell(job), STATE_COLOURS[job.state])),
         *(("", reason) for reason in reasons),
-        ("queue", job.queue),
         ("attempts", f"{job.attempts} of {max(1, job.max_retries)}"
                      + f", run {job.runs} is running" * (job.state == PROCESSING)),
-        ("priority", str(job.priority or "")),
-        ("slots", str(job.slots) if job.slots > 1 else ""),
-        ("tags", ", ".join(job.tags)),
-        ("after", ", ".join(job.after)), ("after any", ", ".join(job.after_any)),
-        ("unique", job.unique),
-        ("once", job.once),
-        ("env", " ".join(f"{key}={cut(one_line(text), 200)}"
-                         for key, text in job.env.items())),
-        ("timeout", None if job.timeout is None else span(job.timeout)),
-        ("backoff", None if backoff is None else f"{span(backoff)}, doubled each time"),
+        *((key.replace("_", " "), field_cell(job, key, style.now)) for key in FIELDS
+          if key in JSON_KEYS and key not in elsewhere
+          and (key == "queue" or getattr(job, key) != Job._field_defaults[key])),
         ("due", when(job.run_at) if job.state in WAITING else ""),
-        ("worker", job.worker),
-        ("crashes", str(job.crashes or "")),
-        ("error", one_line(job.error or "")),
-        ("directory", one_line(job.cwd)),
         ("shell", "" if settings.shell == SETTINGS["shell"].default
          else one_line(settings.shell)),
         ("all output", one_line(output_file(settings.output_dir, job.id, job.runs))

@@ -3904,6 +3904,13 @@ class Views(Case):
         self.assertEqual(lines[1:3], ["command      echo \\x1b[2J", " " * 15 + "rm x"])
         self.assertNotIn("\x1b", "".join(lines))
 
+    def test_a_job_is_shown_with_each_field_that_is_not_the_default(self):
+        job = self.job(backoff_max=60, no_retry_on="2", env={"A": "b c"}, tags=["t", "u"])
+        lines = queuectl.show_lines(job, [], [], settings(), self.PLAIN)
+        self.assertLessEqual({"queue        default", "env          A=b c", "tags         t,u",
+                              "backoff max  1m", "no retry on  2"}, {*lines})
+        self.assertFalse([line for line in lines if re.match("(priority|slots|timeout) ", line)])
+
     def test_schedules_are_shown_with_what_comes_and_what_was(self):
         self.queue.add_schedule("a", "*/10 * * * *", "Asia/Tokyo", command="make\nall", queue="q")
         self.queue.add_schedule("rests", "@daily", "UTC", command="x")
