@@ -12552,8 +12552,11 @@ def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> 
 
 def cmd_schedule_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     found = [(one, queue.last_job(one)) for one in queue.schedules()]
-    _view(args, screen, [schedule_object(*one) for one in found],
-          schedule_lines(found, screen.style()) if found else ())
+    if args.json:       # a line per key, as there are few
+        screen.out(dumps([schedule_object(*one) for one in found], 2))
+    else:
+        _view(args, screen, None,
+              schedule_lines(found, screen.style()) if found else ())
     if not found:
         screen.note("no schedules; `queuectl schedule add NAME CRON -- PROG ARG...` "
                     "adds one")

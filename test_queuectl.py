@@ -5622,10 +5622,9 @@ class CommandLine(Case):
 
     def test_lists_are_one_json_array_with_a_line_for_each_element(self):
         self.some_jobs()
-        self.queue.add_schedule("s", "@daily", command="x")
         self.worker()
         for line, n in (("list", 5), ("dlq", 1), ("worker list", 1), ("queue list", 2),
-                        ("schedule list", 1), ("wait good bad", 2), ("retry bad gone", 2),
+                        ("wait good bad", 2), ("retry bad gone", 2),
                         ("edit a b -p 1", 2), ("list --tag no", 0),
                         ("""enqueue '[{"command": "x"}, {"command": "y"}]'""", 2)):
             with self.subTest(line):
@@ -5922,6 +5921,7 @@ class CommandLine(Case):
         [shown] = self.printed("schedule list --json")
         self.assertEqual((shown["command"], shown["catch_up"], shown["queue"]),
                          ("true", False, "q"))
+        self.assertRegex(self.cli("schedule list --json")[1], r'(?m)^ +"next_run": "[^"]+",$')
         self.cli("schedule edit night '30 2 * * *' --catch-up")
         self.fails(2, "schedule edit night")
         self.says([("schedule pause night", "night paused\n")])
