@@ -3221,20 +3221,17 @@ class Locks:
 
     def holders(self, offset: int) -> list[int]:
         """The other processes that hold the lock; [] without /proc."""
-        file = _stat(self.path or self._probe)[:2]
-        return [pid for pid in _pids() if self._holds(pid, offset, file)]
-
-    @staticmethod
-    def _holds(pid: int, offset: int, file: tuple[int, ...]) -> bool:
         # In fdinfo the kernel lists a descriptor's locks, with their offsets:
         # `lock: 1: OFDLCK ADVISORY WRITE -1 fe:00:4407538 77 77` for claim 77.
-        try:
-            descriptors = os.listdir(f"/proc/{pid}/fd")
-        except OSError:
-            return False
         line = re.compile(rb"lock:.*OFDLCK.* %d %d$" % (offset, offset), re.M)
-        return any(line.search(_read(f"/proc/{pid}/fdinfo/{fd}"))
-                   and _stat(f"/proc/{pid}/fd/{fd}")[:2] == file for fd in descriptors)
+        file, found = _stat(self.path or self._probe)[:2], list[int]()
+        for pid in _pids():
+            with contextlib.suppress(OSError):
+                found += [pid] * any(
+                    line.search(_read(f"/proc/{pid}/fdinfo/{fd}"))
+                    and _stat(f"/proc/{pid}/fd/{fd}")[:2] == file
+                    for fd in os.listdir(f"/proc/{pid}/fd"))
+        return found
 
     def note(self, lock: int, worker: int, claim: Claim, pid: int,
              since: float) -> None:
@@ -3253,13 +3250,11 @@ class Locks:
         if self._works is False:
             return 0
         try:
-            fd = self._open(os.O_RDONLY)
+            with open(self.path, "rb") as file:
+                file.seek(run.worker_id % PLACES * _PLACE_SIZE)
+                records = file.read(_PLACE_SIZE)
         except OSError:
             return 0
-        try:
-            records = os.pread(fd, _PLACE_SIZE, run.worker_id % PLACES * _PLACE_SIZE)
-        finally:
-            os.close(fd)
         whole = len(records) // _PROCESS.size * _PROCESS.size
         for claim, pid, namespace, since, took in _PROCESS.iter_unpack(records[:whole]):
             if claim == run.claim:
@@ -3473,16 +3468,12 @@ class Notifier:
 
     def _tell(self, text: str, patience: float = 0.0) -> bool:
         """Send a message; return True if it was accepted in time."""
-        if not self._address:
-            return False
         import socket  # a worker has it already
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.settimeout(patience)
-                sender.sendto(text.encode(), self._address)
-        except OSError:
-            return False
-        return True
+        with contextlib.suppress(OSError), \
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.settimeout(patience)
+            return bool(self._address and sender.sendto(text.encode(), self._address))
+        return False
 
 
 def inherited() -> list[int]:
@@ -3937,8 +3928,8 @@ class Ledger:
 
     def record(self, ends: Sequence[tuple[Claim, Outcome]], settings: Settings,
                now: float) -> list[Change]:
-        """Record the ends of runs whose claims are still held; returns the changes. The
-        claims' jobs must have the current `end_requested`.
+        """Record the ends of runs whose claims are held; returns the changes. The jobs
+        must have the current `end_requested` and `unmet`.
         """
         import random  # 1 ms, and only in a worker
         if not ends:
@@ -3961,9 +3952,6 @@ class Ledger:
         return [change._replace(after=job) for change, job in zip(changes, jobs)]
 
     def _remove(self, job: Job, now: float) -> None:
-        """Delete a job with its history; Conflict, before the first write, if it is
-        needed.
-        """
         if job.state == PROCESSING:
             raise Conflict("wrong-state", f"{job.id} is processing",
                            f"`queuectl cancel {job.id}` first")
@@ -4049,9 +4037,8 @@ class Ledger:
         return schedule
 
     def fire(self, schedule: Schedule, now: float) -> str:
-        """Add the job of a due schedule. If its last job is unfinished, or the run was
-        missed and it does not catch up, skip the run, and say why. Invalid if the
-        schedule cannot be parsed.
+        """Add the job of a due schedule, or skip the run and say why: its last job is
+        unfinished, or the run was missed.
         """
         schedule, due = schedule._replace(next_run=run_after(schedule, now)), \
             schedule.next_run
@@ -4067,10 +4054,8 @@ class Ledger:
         return ""
 
     def correct_next_run(self, schedule: Schedule, now: float) -> str:
-        """Recompute the next run after the clock was set back.
-
-        As in Debian's cron(8), an interval follows a step back of more than a minute; a
-        fixed time is repeated only after three hours or more.
+        """Recompute the next run after the clock was set back: as in Debian's cron(8),
+        that of an interval by a minute or more, that of a fixed time by three hours.
         """
         next_run, last_run = run_after(schedule, now), schedule.last_run
         repeated = 60 if parse_cron(schedule.cron).is_wild else 10800   # seconds
@@ -4432,9 +4417,8 @@ class Queue:
 
     def _refuse_blocked(self, caller: Job | None, jobs: Sequence[Job], stuck: int,
                         left: int) -> None:
-        """Refuse if none of the `left` unfinished jobs can end: `stuck` of them are
-        blocked forever, or by `caller`, or the first of `jobs` needs the slot of
-        `caller`.
+        """Refuse if all `left` jobs are `stuck`, or the first of `jobs` needs the slots
+        of `caller`.
         """
         if stuck >= left and not jobs:
             raise Refused("blocked", f"{caller.id if caller else 'this job'} runs this "
@@ -4691,9 +4675,7 @@ class Queue:
             for name in sorted({DEFAULT_QUEUE, *counts, *known} - {EVERY_QUEUE})]
 
     def progress(self, queue: str | None = None) -> Progress:
-        """The progress of a queue, or of all. Deletions do not reduce it; a job that
-        was retried and has finished again counts twice.
-        """
+        """The progress of a queue, or of all. Deletions do not reduce it."""
         counts = self.counts(queue)
         over = dict(self.store.rows(Sql.OVER_EVER, queue=queue))
         [[later]] = self.store.rows(Sql.COUNT_LATER, queue=queue, now=iso(self.clock()))
@@ -4703,11 +4685,8 @@ class Queue:
             over.get("bury", 0) + over.get("cancel", 0), min(later, waiting))
 
     def workers(self) -> list[Worker]:
-        """The workers that are not dead, with their running jobs.
-
-        One on another machine is listed until a worker or `worker stop` removes it,
-        with `is_expired` after a lease without a heartbeat. Do not call it in a
-        transaction, as it may run `ps` (I9).
+        """The workers that are not dead, with their running jobs; one on another
+        machine until it is removed. Not in a transaction: it may run `ps` (I9).
         """
         settings = self.store.settings()
         # By the clocks of two machines, so never used to reap runs.
@@ -4732,9 +4711,8 @@ class Queue:
         self.store.db.backup(system_path(path))
 
     def stats(self, duration: float | None = None) -> dict[str, Summary]:
-        """Totals by queue over the last `duration` seconds (None: since it was
-        created), in whole minutes, at most eight days (see `covered`); "" is all
-        queues.
+        """Totals by queue, "" for all, over the last `duration` seconds (None: since it
+        was created), in whole minutes, at most eight days (see `covered`).
         """
         rows = self.store.rows(Sql.TALLIES_EVER) if duration is None else \
             self.store.rows(Sql.TALLIES_SINCE, minute=self._minute(duration))
@@ -4776,9 +4754,7 @@ class Queue:
                 if run_at is not None}
 
     def scrape(self) -> Scrape:
-        """The values of the metrics. Jobs are read in one snapshot, so that none counts
-        as running and as completed.
-        """
+        """The values of the metrics; in a snapshot, so that each job counts once."""
         now = self.clock()
         with self.store.snapshot():
             jobs = self._counts()
@@ -5164,10 +5140,8 @@ def lost_end(store: Ledger, host: Host, run: Run) -> list[tuple[Claim, Outcome]]
 
 
 class Claims:
-    """The claims of one worker; used only by the thread of its loop (I9).
-
-    Inserts the worker's row: Conflict if another worker has its name. `port` gets
-    notifications (None: none); `pid` is the process to signal.
+    """The claims of one worker; used only by the thread of its loop (I9). Inserts the
+    worker's row: `port` gets notifications, `pid` is the process to signal.
     """
 
     def __init__(self, queue: Queue, options: WorkerOptions, port: int | None = None,
@@ -5221,8 +5195,8 @@ class Claims:
             os.close(self.lock)
 
     def leave_if_drained(self) -> bool:
-        """Delete the worker's row if no work is left. Whoever adds a job later sees no
-        worker, and not one that is about to exit.
+        """Delete the worker's row if no work is left, so that nobody who adds a job
+        later sees a worker.
         """
         with self._store.transaction() as store:
             return self.is_drained() and bool(store.do(
@@ -5500,8 +5474,8 @@ class Claims:
         return self._store.db.shrink() or more
 
     def is_drained(self) -> bool:
-        """Return True if nothing is running, due or waiting for a retry in this
-        worker's queues, except in paused ones.
+        """Return True if nothing runs, is due or waits for a retry in its queues,
+        except in paused ones.
         """
         if self._store.rows(Sql.UNBLOCKING):
             return False
@@ -5533,8 +5507,8 @@ class Peers:
         self._ages: Mapping[int, float] = {}    # seconds since the last heartbeat seen
 
     def look(self) -> None:
-        """Read the counts of heartbeats. Call it after an own heartbeat: while no
-        worker can write, none expires.
+        """Read the counts of heartbeats, after an own one: while no worker can write,
+        none expires.
         """
         self._ages = self._heartbeats.look(
             {worker.id: worker.heartbeats for worker in self._store.workers()
@@ -5556,9 +5530,7 @@ class Peers:
                 or run.worker_id in lost]
 
     def record(self, run: Run) -> list[Change]:
-        """Record a lost run from a command, and remove its dead worker; [] if another
-        process has recorded it.
-        """
+        """Record a lost run from a command, and remove its dead worker."""
         gone = [worker for worker in self._store.workers()
                 if worker.id == run.worker_id
                 and self._host.is_alive(worker) is False]       # may run `ps` (I9)
