@@ -2969,7 +2969,9 @@ class SQLite:
                 time.sleep(BUSY_PAUSE)
 
     def _begin(self, patience: float) -> None:
-        """Begin to write; Gone if the file, checked under the lock, lost its name."""
+        """Begin to write; refuse a file that, checked under the lock, lost its name
+        (Gone), or was upgraded since it was opened.
+        """
         self._refuse_read_only()
         # IMMEDIATE: deferred, it cannot wait after a read.
         self._patiently(lambda: self._db.execute("BEGIN IMMEDIATE"), patience)
@@ -2978,6 +2980,10 @@ class SQLite:
             raise Gone("database-gone",
                        f"{self.path}, or its -wal, was deleted or replaced while it "
                        "was open", "open it anew")
+        version = self._ask(self.VERSION)
+        if version > SCHEMA_VERSION:
+            self.rollback()
+            self._refuse_newer(version)
 
     def begin(self) -> bool:
         """Begin a transaction at once; False if another connection writes."""

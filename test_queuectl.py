@@ -1482,6 +1482,13 @@ class Files(Case):
         with queuectl.glance(self.path) as rows:
             self.assertEqual(rows("SELECT length(command) FROM jobs"), [(60_000,)])
 
+    def test_a_file_that_was_upgraded_while_it_was_open_is_not_written(self):
+        for version, error in (99, refused("newer-version")), (FORMAT, contextlib.nullcontext()):
+            self.queue.store.rows(f"PRAGMA user_version = {version}")
+            with error:
+                self.queue.enqueue("true")
+        self.assertEqual(len(self.queue.jobs()), 1)
+
     def test_foreign_and_newer_files_are_refused_and_left_as_they_are(self):
         def made(*statements, table=("CREATE TABLE t (x)",), **beside):
             path = os.path.join(tempfile.mkdtemp(dir=self.dir), "x")
