@@ -881,8 +881,9 @@ def settle(job: Job, outcome: Outcome, settings: Settings, chance: float,
     if job.end_requested == CANCEL or outcome.kind == STOPPED:
         return "cancel", job, "cancelled while it ran"
     if outcome.kind == RELEASED:    # due now, even if the clock was set back
-        return "release", job._replace(run_at=min(job.run_at, iso(now))), \
-            MOVES["release"].because
+        job = job._replace(run_at=min(job.run_at, iso(now)), expires_at=job.expires_at
+                           if outcome.duration is None else None)   # None: not started
+        return "release", job, MOVES["release"].because
     if outcome.kind == LOST:        # due at once
         job = job._replace(crashes=job.crashes + 1, run_at=iso(now))
         if job.crashes < settings.crash_limit:

@@ -2177,6 +2177,15 @@ class Promises(Case):
         with refused("invalid-job", "both given", key="expires"):
             self.job(expires=5, expires_at=NOON)
 
+    def test_a_requeued_run_has_started_in_time_and_a_spare_claim_has_not(self):
+        self.jobs([{"id": "ran", "expires": 60}, {"id": "spare", "expires": 60}])
+        ran, spare = self.tick(2).claims
+        self.end(ran, Outcome("released", 143, None, 1.0))
+        self.end(spare, "released")
+        self.after(60)
+        self.assertEqual(ids(self.tick(2).claims), ["ran"])
+        self.assertEqual(self.queue.job("spare").state, CANCELLED)
+
     def test_a_job_runs_where_it_was_enqueued_or_where_it_says(self):
         here, add = os.getcwd(), functools.partial(self.queue.add_schedule, command="x")
         self.assertEqual([self.job().cwd, self.job(cwd="/").cwd], [here, "/"])
