@@ -1717,6 +1717,12 @@ def field_value(field: Field, value: Any, now: float = 0.0) -> Any:
             from None
 
 
+def refuse_expired(run_at: str, expires_at: str | None) -> None:
+    if expires_at and expires_at <= run_at:
+        raise Invalid("run_at: the job expires before it is due",
+                      "give an earlier time, or let it expire later", "run_at")
+
+
 def checked(fields: Mapping[str, Any], now: float, use: str = "e") -> dict[str, Any]:
     """The columns that the keys of a job object set; Invalid names the key at fault.
     `use` is "e" for a new job, "u" for an edit, which refuses null (the default).
@@ -1751,6 +1757,7 @@ def checked(fields: Mapping[str, Any], now: float, use: str = "e") -> dict[str, 
             found.update({"at_time": False} if key == "run_at" else {})
         if key in found:
             found[key] = iso_up(found[key])
+    refuse_expired(found.get("run_at", ""), found.get("expires_at"))
     return found
 
 
@@ -3901,7 +3908,8 @@ class Ledger:
     def expire(self, now: float) -> bool:
         """Cancel jobs that have not started in time; True if there may be more."""
         jobs = self.jobs(Sql.EXPIRED, now=iso(now), limit=DUE_BATCH)
-        self.move([Change("cancel", job, job, "expired") for job in jobs], now)
+        self.move([Change("cancel", job, job._replace(
+            finished_at=iso(now), error="expired"), "expired") for job in jobs], now)
         return len(jobs) == DUE_BATCH
 
     def _meet(self, found: Sequence[tuple[int, int]], now: float) -> None:
@@ -4004,6 +4012,8 @@ class Ledger:
             raise Conflict("wrong-state", f"{before.id} is {before.state}, so no time "
                            "is set for it", f"`queuectl retry {before.id}` takes "
                            "--run-at and --delay")
+        if after.run_at != before.run_at:
+            refuse_expired(after.run_at, after.expires_at)
         if after.state == FAILED and before.max_retries != after.max_retries \
                 and after.attempts >= after.max_retries:
             raise Invalid(f"max_retries: {after.id} has failed {after.attempts} times "
@@ -6282,7 +6292,9 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
          else one_line(settings.shell)),
         ("all output", one_line(output_file(settings.output_dir, job.id, job.runs))
          if settings.output_dir and runs else ""),
-        ("enqueued", when(job.created_at)))
+        ("enqueued", when(job.created_at)),
+        ("cancelled", when(job.finished_at or job.updated_at)
+         if job.state == CANCELLED else ""))
     lines = [line for name, text in rows if text for line in fold(
         f"{name:<13}{text}", 0 if name == "command" else style.width)]
     if not runs:

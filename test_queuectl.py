@@ -2171,11 +2171,19 @@ class Promises(Case):
         last = {event.id: (event.target, event.reason) for event in self.queue.events_since()}
         self.assertEqual([last[name] for name in ("late", "blocked", "fails")], [
             (CANCELLED, "expired"), (CANCELLED, "expired"), (FAILED, "failed")])
+        late = self.queue.job("late")
+        self.assertEqual((late.error, late.finished_at), ("expired", queuectl.iso(NOON + 60)))
         self.queue.retry("late")
         self.assertEqual((self.queue.job("late").waits, self.queue.job("late").expires_at),
                          ("ready", None))
         with refused("invalid-job", "both given", key="expires"):
             self.job(expires=5, expires_at=NOON)
+        for change in ({"delay": 60}, {"run_at": self.clock() + 61}):
+            with self.subTest(change), refused("invalid-job", "expires before", key="run_at"):
+                self.job(expires=60, **change)
+        self.job(id="edited", expires=60)
+        with refused("invalid-job", "expires before", key="run_at"):
+            self.queue.edit("edited", delay=60)
 
     def test_a_requeued_run_has_started_in_time_and_a_spare_claim_has_not(self):
         self.jobs([{"id": "ran", "expires": 60}, {"id": "spare", "expires": 60}])
@@ -3913,6 +3921,14 @@ class Views(Case):
             self.queue.queues(), self.PLAIN)], [
                 ["QUEUE", "LIMIT", "PENDING", "CANCELLED", "NOTE"], ["default", "-", "0", "0"],
                 ["gpu", "12", "1", "0"], ["q", "-", "0", "1", "paused"]])
+
+    def test_a_cancelled_job_is_shown_with_its_end(self):
+        job = self.job(expires=60)
+        self.after(60)
+        self.tick(1)
+        shown = queuectl.show_lines(self.queue.job(job.id), [], [], settings(), self.PLAIN)
+        for line in "error        expired", f"cancelled    {queuectl.local_time(NOON + 60, NOON)}":
+            self.assertIn(line, "\n".join(shown))
 
     def test_a_job_is_shown_without_anything_that_a_terminal_would_obey(self):
         job = self.job("echo \x1b[2J\n  rm x", cwd="/\x1b]0;title\x07")
