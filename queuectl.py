@@ -8465,9 +8465,8 @@ async function ask(method, path, body) {
 const get = async path => (await ask("GET", path)).json();
 const jobUrl = (id, rest = "") => `/api/jobs/${encodeURIComponent(id)}${rest}`;
 
-async function getJobs(...query) {      // pairs of name and value
-  const page = await get("/api/jobs?" +
-    new URLSearchParams(query.filter(([, value]) => value)));
+async function getJobs(query) {
+  const page = await get(`/api/jobs?${new URLSearchParams(query)}`);
   page.jobs = page.jobs.map(job => ({ ...job, note: page.notes[job.id] }));
   return page;
 }
@@ -8499,11 +8498,10 @@ function coalesced(work, pause) {
 const refresh = {
   jobs: coalesced(readJobs, 700),
   lists: coalesced(async () => {
-    const listed = async (limit, ...states) => (await getJobs(
-      ["limit", limit], ...states.map(state => ["state", state]))).jobs;
+    const listed = async (limit, state) => (await getJobs({ limit, state })).jobs;
     [model.running, model.waiting, model.failures] = await Promise.all([
       listed(100, "processing"), listed(SHORT, "pending"),
-      listed(SHORT, "dead", "failed")]);
+      listed(SHORT, "dead,failed")]);
     showWorkers(); showLists();
   }, 1000),
   queues: coalesced(async () => {
@@ -8529,8 +8527,7 @@ function refreshAll(isUrgent) {
 
 async function readJobs() {
   const asked = JSON.stringify([filter, cursors]);
-  const page = await getJobs(...Object.entries(filter), ["limit", PAGE],
-                             ["after", cursors.at(-1)])
+  const page = await getJobs({ ...filter, limit: PAGE, after: cursors.at(-1) })
     .catch(error => {
       if (error.status !== 400) throw error;
       return { jobs: [], next: null, words: error.message };
@@ -8786,11 +8783,9 @@ function brief(job, figure, reason) {
 }
 
 function showLists() {
-  const lists = { waiting: job => job.queue, failures: job =>
-    clock("ago", job.updated_at) };
-  for (const [name, figure] of Object.entries(lists))
-    renderList($(`#${name}`), model[name], job => job.id, job =>
-      h("li", brief(job, figure(job), reasonLine(job))));
+  for (const name of ["waiting", "failures"])
+    renderList($(`#${name}`), model[name], job => job.id, job => h("li", brief(job,
+      name === "waiting" ? job.queue : clock("ago", job.updated_at), reasonLine(job))));
 }
 
 function workerBlock({ name, host, pid, queues, slots, busy, more, overdue, jobs }) {
@@ -8803,18 +8798,16 @@ function workerBlock({ name, host, pid, queues, slots, busy, more, overdue, jobs
       h("span.slots", { "aria-hidden": "true" }, squares),
       h("span.quiet.small", `${busy} of ${slots} busy`)),
     overdue && h("p.reason.bad", "no heartbeat for ", clock("elapsed", overdue)),
-    jobs.map(job => brief(job, job.started_at && clock("elapsed", job.started_at))),
+    jobs.map(job => brief(job, clock("elapsed", job.started_at))),
     more > 0 && h("p.reason", stateLink("processing", `and ${count(more)} more`)));
 }
 
 function showWorkers() {
   if (!model.status) return;
-  const known = new Map(model.running.map(job => [job.id, job]));
   const blocks = model.status.workers.map(({ heartbeat_at, running, ...worker }) => ({
     ...worker, more: running.length - SLOTS,
     overdue: since(heartbeat_at) > OVERDUE && heartbeat_at,
-    jobs: running.slice(0, SLOTS).map(id =>
-      known.get(id) || { id, state: "processing" }) }));
+    jobs: model.running.filter(job => job.worker === worker.name).slice(0, SLOTS) }));
   renderList($("#workers"), blocks, one => one.name, workerBlock);
   const slots = sum(blocks, "slots");
   setText($("#slots"), slots ? many(slots, "slot") : "");
@@ -8900,16 +8893,15 @@ function showJobs() {
 
 function showPager() {
   const page = cursors.length, first = (page - 1) * PAGE + 1;
-  const { jobs = {} } = model.status || {}, isNarrow = filter.queue || filter.search;
-  const all = isNarrow || filter.tag ? undefined : jobs[filter.state || "total"];
+  const { jobs = {} } = model.status || {}, isNarrow = selectors().length > 0;
+  const all = isNarrow ? undefined : jobs[filter.state || "total"];
   setText($("#pager span"), !model.jobs.length ? "" :
     `${count(first)} to ${count(first + model.jobs.length - 1)}` +
     (all === undefined ? "" : ` of ${count(all)}`));
   $("#newer").disabled = page === 1;
   $("#older").disabled = !model.next;
   $("#pager").hidden = page === 1 && !model.next && !model.jobs.length;
-  $("#retry-all").hidden = !(mayChange() && jobs.dead && filter.state === "dead" &&
-                             !filter.tag);
+  $("#retry-all").hidden = !(mayChange() && jobs.dead && filter.state === "dead");
   setText($("#retry-all"), isNarrow ? "Retry all that fit"
                                     : `Retry all ${count(jobs.dead || 0)} dead`);
 }
@@ -8921,6 +8913,8 @@ function goToPage(isOlder) {
   refresh.jobs(true);
 }
 
+const selectors = () => Object.entries(filter).filter(([name, value]) =>
+  value && name !== "state");
 const filterOf = valueOf => Object.fromEntries(Object.keys(NO_FILTER).map(name =>
   [name, valueOf(name) || ""]));
 
@@ -9120,18 +9114,14 @@ function confirmed(title, text, verb, isDanger = true) {
     done(dialog.returnValue === "yes"), { once: true }));
 }
 
-// Ask for a change, after a question if there is one; return whether it was made.
+// Ask for a change, after a question if there is one.
 async function act(method, path, body, say, question, complain = error =>
     model.link === "out" || toast($("#errors"), "bad", `Not done: ${error.message}`)) {
-  if (question && !await confirmed(...question)) return false;
-  try {
-    const reply = await ask(method, path, body);
-    answer(...say(await reply.json().catch(() => null)));
-    return true;
-  } catch (error) {
+  if (question && !await confirmed(...question)) return;
+  try { answer(...say(await (await ask(method, path, body)).json())); }
+  catch (error) {
     if (!(error instanceof Refused)) throw error;
     complain(error);
-    return false;
   } finally { refreshAll(true); }
 }
 
@@ -9158,10 +9148,9 @@ async function deleteJob({ id }) {
 }
 
 function retryAll() {
-  const { queue, search } = filter;
-  const which = queue || search ? "all dead jobs that fit the filter"
+  const which = selectors().length ? "all dead jobs that fit the filter"
     : many(model.status.jobs.dead, "dead job");
-  return act("POST", "/api/dlq/retry", { queue: queue || null, search: search || null },
+  return act("POST", "/api/dlq/retry", Object.fromEntries(selectors()),
     jobs => [`${many(jobs.length, "job is", "jobs are")} queued again.`], [
       `Retry ${which}?`, "They run again at once, with their attempts at 0.",
       "Retry them", false]);
@@ -10152,13 +10141,13 @@ def admit(site: Site, request: Request) -> tuple[Route, Request] | Reply:
             # 303 keeps the token out of the browser's history.
             return Reply(303, headers=(("Location", "/"), ("Set-Cookie", cookie)))
     role, how = role_of(site, request)
+    role = READ if role and site.is_read_only else role
     # Before the route, so that a 404 leaks nothing.
     if not role and path not in PUBLIC:
         raise _no_token()
     route = find_route(request.method, path)
-    if route.method != "GET" and (site.is_read_only or role != FULL):
-        raise denied(403, "this server is read-only" if site.is_read_only
-                     else "this token is read-only")
+    if route.method != "GET" and role != FULL:
+        raise denied(403, "this token or server is read-only")
     params = read_params(route.params, query)
     job_id = ""
     if "/ID" in route.path:
@@ -10166,7 +10155,6 @@ def admit(site: Site, request: Request) -> tuple[Route, Request] | Reply:
         job_id = urllib.parse.unquote(path.split("/")[3], errors="replace")     # once
         if not re.fullmatch(_NAME, job_id):
             raise no_such_job(job_id)
-    role = READ if role and site.is_read_only else role
     return route, request._replace(role=role, how=how, params=params, job_id=job_id)
 
 
