@@ -11630,7 +11630,6 @@ def _content(path: str) -> bytes:
                       "give another file") from None
 
 
-NO_COMMAND = ("there is no command after --", "write -- PROG ARG...")
 _SHELLS = rb"(.*/)?(sh|ash|bash|dash|fish|ksh|mksh|zsh)"
 
 
@@ -11660,10 +11659,6 @@ def lines_of(args: argparse.Namespace) -> Lines:
     words: list[bytes] | None = args.words
     if words is None:
         return Lines(args.null)
-    if not words:
-        raise Usage(*NO_COMMAND)
-    if args.command is not None:
-        raise Usage("two commands are given", "give --command or -- PROG ARG...")
     scripts = {_script_at(words, shell) for shell in range(len(words))}
     marked = {place for place, word in enumerate(words) if b"{}" in word}
     if scripts & (marked or {len(words)}):      # without {} it is appended
@@ -11683,41 +11678,40 @@ def given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:
         enqueue --command C   one job from flags
         enqueue --stream      none yet
     """
-    job, flags = args.job or "", flag_fields(args)
-    has_list = args.file is not None or job == "-" or job.startswith("@")
-    is_array = is_json(job) and job.lstrip().startswith("[")
-    if args.stream:
-        if args.job not in (None, "-") or args.file or args.command:
-            raise Usage("--stream reads stdin alone", "give no other job")
-        if args.wait:
-            raise Usage("--stream and --wait do not go together",
-                        "`queuectl wait --all` waits")
-        lines_of(args)      # for its checks
-        return True, []
-    if args.null and not has_list:
-        raise Usage("--null reads stdin or a file", "write - or --file F, too")
-    if sum(source is not None for source in (
-            args.job, args.file, None if has_list else args.words)) > 1:
-        raise Usage("more than one of JOB, --file and words after -- is given",
-                    "give one; several words go in quotes or after --")
-    if has_list:
-        lines = lines_of(args) if args.words is not None or args.null else None
-        found = list(jobs_in(_content(args.file or job[job != "-":]), lines))
-        flags = {} if args.words else flags     # a template has applied them
-    elif args.words is not None:
-        if not args.words:
-            raise Usage(*NO_COMMAND)
-        found = [({"command": shell_command(args.words)}, "")]
+    job, words, flags = args.job or "", args.words, flag_fields(args)
+    is_batch = args.stream or args.file is not None or job[:1] == "@" or job == "-"
+    sources = [args.job, args.file, None if is_batch else words]
+    for is_wrong, message, hint in (
+            (words == [], "there is no command after --", "write -- PROG ARG..."),
+            (args.stream and (args.job not in (None, "-") or args.file or args.command),
+             "--stream reads stdin alone", "give no other job"),
+            (args.stream and args.wait, "--stream and --wait do not go together",
+             "`queuectl wait --all` waits"),
+            (args.null and not is_batch, "--null reads stdin or a file",
+             "write - or --file F, too"),
+            (sources.count(None) < 2,
+             "more than one of JOB, --file and words after -- is given",
+             "give one; several words go in quotes or after --"),
+            (args.command is not None and (words or not (
+                args.job is None or is_batch or is_json(job))),
+             "two commands are given", "give one of them"),
+            (not is_batch and sources == [None] * 3 and args.command is None,
+             "nothing to enqueue", "try `queuectl enqueue 'echo hi'`")):
+        if is_wrong:
+            raise Usage(message, hint)
+    if is_batch:
+        lines = lines_of(args) if args.stream or words or args.null else None
+        found = [] if args.stream else list(jobs_in(
+            _content(args.file or job[job != "-":]), lines))
+        flags = {} if words else flags      # a template has applied them
+    elif words:
+        found = [({"command": shell_command(words)}, "")]
     elif args.job is not None:
-        if args.command is not None and not is_json(job):
-            raise Usage("two commands are given", "give JOB or --command")
-        found = items(fields_of(job)) if is_array else [(fields_of(job)[0], "")]
-    elif args.command is None:
-        raise Usage("nothing to enqueue", "try `queuectl enqueue 'echo hi'`")
+        is_batch = is_json(job) and job.lstrip().startswith("[")
+        found = items(fields_of(job)) if is_batch else [(fields_of(job)[0], "")]
     else:
         found = [({}, "")]
-    return has_list or is_array, [
-        (merged(fields, flags), place) for fields, place in found]
+    return is_batch, [(merged(fields, flags), place) for fields, place in found]
 
 
 def line_batches(fd: int, end: bytes = b"\n") -> Iterator[list[bytes]]:
@@ -11764,29 +11758,26 @@ class Stream:
         self.refused = 0
 
     def add(self, lines: Sequence[bytes]) -> list[Job]:
-        """Add and return the jobs of these lines; on a full disk, wait."""
-        warned_of = {*self._ignored}
-        given = [one for line in lines for one in self._checked(line)]
+        """Add the jobs of these lines in one transaction, and return them. On a full
+        disk, wait: the lines cannot be read again. An error without `item` ends the
+        stream.
+        """
+        given, warned_of = list[tuple[str, Job]](), {*self._ignored}
+        for line in lines:
+            try:    # a delay counts from when the line came
+                given += [*checked_jobs(
+                    [(merged(fields, self._flags), place)
+                     for fields, place in self._lines.read(line)],
+                    self._queue.clock(), self._ignored)]
+            except QueueError as error:
+                self._skip(error)
         if self._ignored > warned_of:
             self._warn(ignored_warning(self._ignored - warned_of))
-        try:
-            return self._added(given)
-        except KeyboardInterrupt:
-            if given:
-                self._refuse(Refused(
-                    "not-finished", f"interrupted: {counted(len(given), 'job')} from "
-                    f"{given[0][0]} on may not have been added", "send them again"))
-            raise
-
-    def _added(self, given: list[tuple[str, Job]]) -> list[Job]:
-        """Add them in one transaction, except for lines with a refused job. An error
-        without `item` ends the stream.
-        """
         complained = False
         while given:
             try:
-                return self._queue.enqueue_many([spec for _, spec in given])
-            except Unavailable as error:    # these lines cannot be read again
+                return self._queue.enqueue_many([job for _, job in given])
+            except Unavailable as error:
                 if not complained:
                     self._refuse(Unavailable(
                         error.code, error.message,
@@ -11800,18 +11791,12 @@ class Stream:
                 error.name_place(place)
                 self._skip(error)
                 given = [one for one in given if one[0] != place]
+            except KeyboardInterrupt:
+                self._refuse(Refused(
+                    "not-finished", f"interrupted: {counted(len(given), 'job')} from "
+                    f"{given[0][0]} on may not have been added", "send them again"))
+                raise
         return []
-
-    def _checked(self, line: bytes) -> list[tuple[str, Job]]:
-        """The jobs of a line, with its place; a delay counts from when it came."""
-        try:
-            return list(checked_jobs(
-                [(merged(fields, self._flags), place)
-                 for fields, place in self._lines.read(line)],
-                self._queue.clock(), self._ignored))
-        except QueueError as error:
-            self._skip(error)
-            return []
 
     def _skip(self, error: QueueError) -> None:
         self.refused += 1
