@@ -190,23 +190,18 @@ READY, SCHEDULED, BLOCKED, HELD = WAITS = ("ready", "scheduled", "blocked", "hel
 # How a run ended. LOST: its worker was lost. RELEASED: requeued, no attempt counted.
 DONE, FAILURE, TIMEOUT, STOPPED, RELEASED, LOST = OUTCOMES = (
     "completed", "failed", "timeout", "cancelled", "released", "lost")
-
 LEASE_EXPIRED = "killed by another worker: its own had sent no heartbeat for a lease"
 
 CANCEL = "cancel"               # requested for a running job
 DRAIN, NOW = "drain", "now"     # requested of a worker
 ASKED = "asked to stop"
-
 # Levels of findings: a rule is broken; something needs attention; it passes by itself.
 PROBLEM, WARNING, NOTE = "problem", "warning", "note"
-
 # The verbs that statistics count; ends of runs are counted as `run:OUTCOME`.
 TALLIED = ("complete", "fail", "bury", "cancel")
-
 EVERY_QUEUE = "*"     # the row of `queues` that pauses all; not a valid name
 DEFAULT_QUEUE = "default"
 HOOKS_QUEUE = "hooks"   # of jobs added by hooks; they trigger no hooks
-
 # 2 is argparse's. `wait` exits with a job's status, which may be any of these.
 EX_OK, EX_NO, EX_USAGE = 0, 1, 2
 EX_TIMEOUT = 124      # as timeout(1)
@@ -380,9 +375,9 @@ def _next_clock_time(text: str, now: float) -> float:
     """The next local HH:MM. A time that the clocks skip moves by the size of the jump;
     a repeated one counts twice (PEP 495: the second has a `fold` of 1).
     """
-    hour, minute, *second = (int(part) for part in text.split(":"))
-    wanted = datetime.datetime.fromtimestamp(now).replace(
-        hour=hour, minute=minute, second=(second or [0])[0], microsecond=0, fold=0)
+    hour, minute, *second = map(int, text.split(":"))
+    wanted = datetime.datetime.combine(datetime.date.fromtimestamp(now),
+                                       datetime.time(hour, minute, sum(second)))
     first, again = wanted.timestamp(), wanted.replace(fold=1).timestamp()
     if max(first, again) > now:
         return first if first > now else again
@@ -1334,7 +1329,7 @@ def split_zone(cron: str, tz: str | None, now: float) -> tuple[str, str | None]:
 
 def runs_of(schedule: Schedule, after: float) -> Iterator[float]:
     cron, zone = parse_cron(schedule.cron), zone_of(schedule.tz)
-    start = epoch(schedule.created_at) if cron.every is not None else 0.0
+    start = epoch(schedule.created_at)
     while (after := first_run(cron, after, zone, start)) < math.inf:
         yield after
 
@@ -1736,11 +1731,9 @@ def checked(fields: Mapping[str, Any], now: float, use: str = "e") -> dict[str, 
         field = FIELDS.get(key)
         if field is None or (use == "u" and "u" not in field.uses):
             known = [name for name, one in FIELDS.items() if use in one.uses]
-            if use == "u":
-                raise Invalid(f"{key} cannot be edited",
-                              "these can: " + ", ".join(known), key)
-            raise Invalid(f"unknown key {given!r}", nearest(str(key), known)
-                          or "a job has: " + ", ".join(known), str(given))
+            raise Invalid(f"{key} cannot be edited" if field
+                          else f"unknown key {given!r}", nearest(str(key), known)
+                          or "use one of: " + ", ".join(known), str(given))
         if key in found:
             raise Invalid(f"{key} is given twice", "give it once", key)
         if use in field.uses and (value is not None or use == "u"):
@@ -5786,6 +5779,10 @@ def local_time(moment: float, now: float | None = None,
     return at.isoformat(" ", digits)
 
 
+def when_text(stamp: str | None, now: float) -> str:
+    return f"{local_time(epoch(stamp), now)} ({ago(stamp, now)})" if stamp else "-"
+
+
 # JSON of records, for `--json` and the API.
 
 def object_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
@@ -6185,8 +6182,6 @@ def when_lines(schedule: Schedule, now: float) -> list[str]:
 
 
 def schedule_show_lines(schedule: Schedule, last: Job | None, now: float) -> list[str]:
-    def when(stamp: str | None) -> str:
-        return local_time(epoch(stamp), now) if stamp else "-"
     try:
         lines = when_lines(schedule, now)
     except Invalid as error:
@@ -6197,9 +6192,9 @@ def schedule_show_lines(schedule: Schedule, last: Job | None, now: float) -> lis
         f"{name:<10}{text}" for name, text in (
             ("queue", schedule.job.get("queue", DEFAULT_QUEUE)),
             ("command", one_line(str(schedule.job.get("command")))),
-            ("last run", when(schedule.last_run)),
+            ("last run", when_text(schedule.last_run, now)),
             ("last job", f"{last.id} ({last.state})" if last else "-"),
-            ("success", when(schedule.last_success)),
+            ("success", when_text(schedule.last_success, now)),
             ("skipped", counted(schedule.skipped, "run"))))]
 
 
@@ -6273,8 +6268,6 @@ def worker_lines(workers: Sequence[Worker], style: Style) -> list[str]:
 
 def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
                settings: Settings, style: Style) -> list[str]:
-    def when(stamp: str) -> str:
-        return f"{local_time(epoch(stamp), style.now)} ({ago(stamp, style.now)})"
     elsewhere = ("id", "command", "state", "attempts", "max_retries", "run_at", "held",
                  "created_at", "updated_at", "started_at", "finished_at", "exit_code")
     rows = (
@@ -6287,13 +6280,13 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
         *((key.replace("_", " "), field_cell(job, key, style.now)) for key in FIELDS
           if key in JSON_KEYS and key not in elsewhere
           and (key == "queue" or getattr(job, key) != Job._field_defaults[key])),
-        ("due", when(job.run_at) if job.state in WAITING else ""),
+        ("due", when_text(job.run_at, style.now) if job.state in WAITING else ""),
         ("shell", "" if settings.shell == SETTINGS["shell"].default
          else one_line(settings.shell)),
         ("all output", one_line(output_file(settings.output_dir, job.id, job.runs))
          if settings.output_dir and runs else ""),
-        ("enqueued", when(job.created_at)),
-        ("cancelled", when(job.finished_at or job.updated_at)
+        ("enqueued", when_text(job.created_at, style.now)),
+        ("cancelled", when_text(job.finished_at or job.updated_at, style.now)
          if job.state == CANCELLED else ""))
     lines = [line for name, text in rows if text for line in fold(
         f"{name:<13}{text}", 0 if name == "command" else style.width)]

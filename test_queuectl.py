@@ -1118,7 +1118,7 @@ class Fields(Case):
                 ({"delay": 1, "run_at": 1}, "delay", "both given"),
                 ({"max-retries": 1, "max_retries": 1}, "max_retries", "given twice"),
                 ({"priorty": 1}, "priorty", "did you mean `priority`"),
-                ({"xyz": 1}, "xyz", "; a job has: command")):
+                ({"xyz": 1}, "xyz", "; use one of: command")):
             with self.subTest(fields), refused("invalid-job", words, key=key):
                 queuectl.new_job({"command": "x", **fields}, NOON)
 
