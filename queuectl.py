@@ -12455,19 +12455,19 @@ def _named_queues(queues: Sequence[str]) -> str:
 def cmd_pause(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     queue.pause(*args.queue)
     flags = "".join(f" --queue {name}" for name in args.queue)
-    screen.note(f"{_named_queues(args.queue)} paused; running jobs go on; "
+    screen.note(f"{_named_queues(args.queue)} paused; running jobs continue; "
                 f"`queuectl resume{flags}` ends the pause")
 
 
 def cmd_resume(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     queue.resume(*args.queue)
-    # A queue has its own pause, and all of them have one together.
+    # Without names it ends only the pause of all queues together.
     left = ", ".join(view.name for view in queue.queues() if view.paused)
     screen.note((f"{_named_queues(args.queue)} resumed" if args.queue
                  else "the pause of all queues is over")
                 + (f"; still paused: {left}" if left else ""))
     if queue.is_all_paused():
-        screen.note("all queues are still paused; `queuectl resume` ends that")
+        screen.note("all queues are paused; `queuectl resume` ends that")
 
 
 def cmd_queue_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
@@ -12485,7 +12485,8 @@ def cmd_queue_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> Non
 
 
 def _scheduled(args: argparse.Namespace) -> dict[str, Any]:
-    if args.said and not args.words and not args.job:
+    """The job of a schedule; of `schedule edit` perhaps only flags."""
+    if args.entry.words[1] == "edit" and not args.words and not args.job:
         return flag_fields(args)
     if bool(args.words) == bool(args.job):
         raise Usage("a schedule needs one command",
@@ -12498,11 +12499,15 @@ def _scheduled(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    """Add or edit one (preset: `change`, a method of Queue; `said` if it is edited)."""
-    if args.said and not (args.cron or args.tz or args.given) and args.catch_up is None:
+    """Add or edit a schedule."""
+    timing = args.cron, args.tz, args.catch_up
+    if args.entry.words[1] == "add":
+        schedule = queue.add_schedule(args.name, args.cron, args.tz,
+                                      args.catch_up is not False, **args.given)
+    elif args.given or timing != (None, None, None):
+        schedule = queue.edit_schedule(args.name, *timing, **args.given)
+    else:
         raise Usage("nothing to change", "give a cron line, a command or a flag")
-    catch_up = True if args.catch_up is None and not args.said else args.catch_up
-    schedule = args.change(queue, args.name, args.cron, args.tz, catch_up, **args.given)
     screen.note(*when_lines(schedule, queue.clock()))
     _note_no_worker(queue, screen)
 
@@ -12527,9 +12532,11 @@ def cmd_schedule_show(args: argparse.Namespace, queue: Queue, screen: Screen) ->
 
 
 def cmd_schedule_change(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    """Remove, pause or resume a schedule (preset: `change`, a method of Queue)."""
-    schedule = args.change(queue, args.name)
-    screen.note(*([f"{schedule.name} {args.said}"] if args.said
+    """Remove, pause or resume a schedule."""
+    verb = args.entry.words[1]
+    schedule = getattr(queue, f"{verb}_schedule")(args.name)
+    said = {"remove": "removed; its jobs stay", "pause": "paused"}.get(verb)
+    screen.note(*([f"{schedule.name} {said}"] if said
                   else when_lines(schedule, queue.clock())))
 
 
@@ -12983,27 +12990,22 @@ COMMANDS = (    # in the order of the help
         eg="schedule add nightly '30 2 * * *' -- backup /home\n"
            "schedule add report '0 9 * * mon-fri' './report | mail -s report me'\n"
            "schedule add poll '@every 90s' --no-catch-up -- ./poll",
-        also="cron, crontab, schedule create, schedule new", read=_scheduled,
-        change=Queue.add_schedule, said=""),
+        also="cron, crontab, schedule create, schedule new", read=_scheduled),
     _entry("schedule edit", cmd_schedule_add, "change a schedule, from its next run on",
            CHANGES, _SCHEDULE, option("[CRON]", _CRON_HELP), *_changing(*_SCHEDULED),
            eg="schedule edit nightly '0 3 * * *'\nschedule edit nightly --timeout 2h",
-           also="schedule update, schedule set", read=_scheduled,
-           change=Queue.edit_schedule, said="edited"),
+           also="schedule update, schedule set", read=_scheduled),
     _entry("schedule list", cmd_schedule_list, "show the schedules", READS, _JSON,
            eg="schedule list --json", also="schedules, schedule ls"),
     _entry("schedule show", cmd_schedule_show, "show one schedule in full", READS,
            _SCHEDULE, _JSON, eg="schedule show nightly"),
     _entry("schedule remove", cmd_schedule_change, "remove a schedule; its jobs stay",
            CHANGES, _SCHEDULE, eg="schedule remove nightly",
-           also="schedule rm, schedule delete", change=Queue.remove_schedule,
-           said="removed; its jobs stay"),
+           also="schedule rm, schedule delete"),
     _entry("schedule pause", cmd_schedule_change, "pause a schedule", CHANGES,
-           _SCHEDULE, eg="schedule pause nightly", also="schedule stop",
-           change=Queue.pause_schedule, said="paused"),
+           _SCHEDULE, eg="schedule pause nightly", also="schedule stop"),
     _entry("schedule resume", cmd_schedule_change, "resume a schedule", CHANGES,
-           _SCHEDULE, eg="schedule resume nightly", also="schedule start",
-           change=Queue.resume_schedule, said=""),
+           _SCHEDULE, eg="schedule resume nightly", also="schedule start"),
     _entry("schedule run", cmd_schedule_run, "enqueue a schedule's job now", CHANGES,
            _SCHEDULE, eg="schedule run nightly", also="schedule trigger"),
     _entry("stats", cmd_stats, "show throughput, success and times", READS,
@@ -13141,10 +13143,6 @@ MARK = "\0"            # completion: replaces the word under the cursor
 PATHS = {"F": "files", "FILE": "files", "PATH": "files", "DIR": "dirs"}
 # These take the words after the first `--` unchanged.
 TAKE_WORDS = (cmd_enqueue, cmd_schedule_add)
-# The states of jobs that a command accepts, if not all.
-STATES_OF: dict[tuple[str, ...], tuple[str, ...]] = {
-    **{(verb,): states for verb, states in STATES_FOR.items()},
-    ("dlq", "retry"): (DEAD,)}
 
 
 def usual(entries: Sequence[Entry]) -> Entry:
@@ -13381,7 +13379,8 @@ def _values(entry: Entry, one: Option, word: str,
     word AND name < end` can use it, LIKE cannot (SQLite, "The LIKE Optimization").
     Names are ASCII without DEL.
     """
-    kind, states = one.settings.get("metavar", ""), STATES_OF.get(entry.words, STATES)
+    kind, verb = one.settings.get("metavar", ""), " ".join(entry.words).split(" ")[-1]
+    states = entry.preset.get("state", STATES_FOR.get(verb, STATES))
     if one is _KEY:
         return [(key, setting.help) for key, setting in SETTINGS.items()]
     fixed = one.settings.get("choices") or {"S": states, "F,F": JSON_KEYS}.get(kind)

@@ -5920,7 +5920,7 @@ class CommandLine(Case):
     def test_queues_are_paused_limited_and_listed(self):
         self.says((("pause --queue a --queue b", "queues a, b paused;"),
                    ("pause", "all queues paused;"),
-                   ("resume --queue a", "all queues are still paused")))
+                   ("resume --queue a", "all queues are paused")))
         self.assertIn("all queues are paused; `queuectl resume` ends that",
                       self.cli("queue list")[2])
         self.says((("resume", "the pause of all queues is over; still paused: b"),
