@@ -1544,7 +1544,7 @@ FIELDS = {field.name: field._replace(group=group) for group, fields in {
         Field("tags", _TAGS, "es", "a tag; repeatable", flags=("--tag",)),
         Field("unique", _UNIQUE, "es",
               "add nothing while a job with this key is unfinished"),
-        Field("once", _UNIQUE, "es",
+        Field("once", _UNIQUE, "e",
               "add nothing while any job with this key exists, in any state"),
         Field("env", _VARIABLES, "es",
               "a variable for the command; K: copy it from here; repeatable"),
@@ -4047,8 +4047,8 @@ class Ledger:
         return schedule
 
     def fire(self, schedule: Schedule, now: float) -> str:
-        """Add the job of a due schedule, or skip the run and say why: its last job is
-        unfinished, or the run was missed.
+        """Add the job of a due schedule, or skip the run and say why: its last job or
+        one with its key is unfinished, or the run was missed.
         """
         schedule, due = schedule._replace(next_run=run_after(schedule, now)), \
             schedule.next_run
@@ -4059,7 +4059,10 @@ class Ledger:
             if last.state not in OVER:
                 self.set_schedule(schedule, skipped=schedule.skipped + 1)
                 return f"a run is skipped, {last.id} is still {last.state}"
-        [job], _ = self.add([new_job(schedule.job, now)], now)
+        [job], new = self.add([new_job(schedule.job, now)], now)
+        if not new:
+            self.set_schedule(schedule, skipped=schedule.skipped + 1)
+            return f"a run is skipped, {job.id} ({job.state}) has its unique key"
         self.set_schedule(schedule, last_run=iso(now), last_job=job.seq)
         return ""
 
@@ -5030,7 +5033,7 @@ class Queue:
         """The job object, checked now, but stored as given: runs use later defaults."""
         now = self.clock()
         job = {key.replace("-", "_"): value for key, value in fields.items()}
-        for key in {*job} & {"id", "after", "after_any", "run_at", "delay",
+        for key in {*job} & {"id", "once", "after", "after_any", "run_at", "delay",
                              "expires_at", "held"}:
             raise Invalid(f"{key} does not fit a schedule", "leave it out", key)
         tags = field_value(FIELDS["tags"], job.get("tags") or (), now)
@@ -5062,10 +5065,15 @@ class Queue:
         return schedule
 
     def run_schedule(self, name: str) -> Job:
-        """Enqueue a schedule's job now, even if it is paused."""
+        """Enqueue a schedule's job now, even if it is paused; Conflict if an unfinished
+        job has its unique key.
+        """
         with self.store.transaction() as store:
             now, schedule = self.clock(), self.schedule(name)
-            [job], _ = store.add([new_job(schedule.job, now)], now)
+            [job], new = store.add([new_job(schedule.job, now)], now)
+            if not new:
+                raise Conflict("job-exists", f"{job.id} ({job.state}) has the unique "
+                               f"key of {name}", f"wait for {job.id}, or cancel it")
             store.set_schedule(schedule, last_run=iso(now), last_job=job.seq)
         self.wake(NEW_JOBS)
         return job

@@ -3656,6 +3656,16 @@ class Ticks(Case):
             with refused("no-such-schedule"):
                 call("s")
 
+    def test_a_schedule_adds_nothing_while_another_job_has_its_key(self):
+        self.job(id="other", unique="k", delay="1d")
+        self.every(unique="k")
+        self.after(600)
+        with refused("job-exists", "other .pending. has"):
+            self.queue.run_schedule("s")
+        self.assertEqual(self.added(), [])
+        schedule = self.queue.schedule("s")
+        self.assertEqual((schedule.skipped, schedule.last_run, schedule.last_job), (1, None, None))
+
     def test_an_invalid_schedule_is_refused(self):
         self.every("@daily", "nightly")
         for name, cron, fields, error in (
@@ -3663,7 +3673,7 @@ class Ticks(Case):
                 ("a b", "@daily", {}, "invalid-value"),
                 *(("s", "@daily", fields, "invalid-job") for fields in (
                     {"command": ""}, {"command": None}, {"id": "a"}, {"after": ["a"]},
-                    {"delay": 1}, {"run-at": NOON})), ("s", "61 * * * *", {}, "invalid-value")):
+                    {"once": "k"}, {"delay": 1}, {"run-at": NOON})), ("s", "61 * * * *", {}, "invalid-value")):
             with self.subTest(name, cron=cron, fields=fields), refused(error):
                 self.every(cron, name, **fields)
         self.assertEqual([one.name for one in self.queue.schedules()], ["nightly"])
