@@ -8054,8 +8054,6 @@ a:hover, footer a, .toast a, #health a, .reason a, .tag {
 .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 0 }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden;
   clip-path: inset(50%); white-space: nowrap }
-.skip { position: absolute; left: 1rem; top: -4rem; z-index: 9 }
-.skip:focus { top: .5rem; background: var(--panel); padding: .5rem .75rem }
 
 /* Things to press. */
 button, select, input, textarea { font: inherit; color: inherit; min-height: 2rem;
@@ -8291,8 +8289,7 @@ function fill(node, attributes, children = []) {
     else if (value !== null && value !== undefined && value !== false)
       node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.flat(2).filter(child =>
-    child !== undefined && child !== null && child !== false && child !== ""));
+  node.append(...children.flat(2).filter(child => child || child === 0));
   return node;
 }
 
@@ -8428,8 +8425,8 @@ const boardPath = changes => {
 };
 const button = (word, click, kind = "", label = null) =>
   h("button", { type: "button", class: kind, "aria-label": label, click }, word);
-const jobLink = id => h("a", { href: jobPath(id), class: "cut", title: id }, id);
-const tagLink = (href, ...words) => h("a", { href, class: "tag" }, words);
+const link = (href, text, kind = "") => h("a", { href, class: kind }, text);
+const jobLink = id => h("a.cut", { href: jobPath(id), title: id }, id);
 
 const TONES = { dead: "bad", failed: "warn" };
 function reasonLine(job) {
@@ -8644,13 +8641,13 @@ function showStatus() {
 }
 
 const sum = (rows, name) => rows.reduce((total, one) => total + one[name], 0);
-const stateLink = (state, text) => h("a", { href: boardPath({ state }) }, text);
 
 function showHealth() {
   const { jobs: { dead }, paused, attention } = model.status;
   const found = [
     ...attention.filter(one => one.code !== "paused").map(one => one.message),
-    dead && stateLink("dead", `${many(dead, "job is", "jobs are")} dead`),
+    dead && link(boardPath({ state: "dead" }),
+                 `${many(dead, "job is", "jobs are")} dead`),
     ...paused.map(name => name === "*" ? "all queues are paused"
                                        : `queue ${name} is paused`)].filter(Boolean);
   const [level, title] = attention.some(one => one.code === "no-worker")
@@ -8800,7 +8797,8 @@ function workerBlock({ name, host, pid, queues, slots, busy, more, overdue, jobs
       h("span.quiet.small", `${busy} of ${slots} busy`)),
     overdue && h("p.reason.bad", "no heartbeat for ", clock("elapsed", overdue)),
     jobs.map(job => brief(job, clock("elapsed", job.started_at))),
-    more > 0 && h("p.reason", stateLink("processing", `and ${count(more)} more`)));
+    more > 0 && h("p.reason", link(boardPath({ state: "processing" }),
+                                   `and ${count(more)} more`)));
 }
 
 function showWorkers() {
@@ -8820,7 +8818,7 @@ function showQueues() {
   renderList($("#queues tbody"), rows, one => one.name, queue => {
     const { name, paused, limit } = queue, verb = paused ? "Resume" : "Pause";
     return h("tr",
-      h("td", h("a", { href: boardPath({ queue: name }) }, name),
+      h("td", link(boardPath({ queue: name }), name),
         paused && h("div.small.warn", "paused")),
       h("td.number", count(queue.jobs.processing),
         limit > 0 && h("span.quiet", ` of ${count(limit)}`)),
@@ -8870,8 +8868,8 @@ function jobRow(job) {
     cell("id", h("div.cut", jobLink(job.id))),
     cell("command",
       h("div.line", h("code.cut", { title: job.command }, job.command),
-        job.tags.slice(0, 2).map(tag => h("a.tag.small.quiet", {
-          href: boardPath({ ...filter, tag }) }, tag))),
+        job.tags.slice(0, 2).map(tag => link(
+          boardPath({ ...filter, tag }), tag, "tag small quiet"))),
       reasonLine(job)),
     cell("queue", h("div.cut.quiet", job.queue)),
     cell("tries number", h("span.quiet", job.attempts ?
@@ -8990,11 +8988,12 @@ const ELSEWHERE = ["id", "command", "state", "error", "runs", "waiting_for"];
 const EMPTY = ["null", "false", '""', "[]", "{}"];
 const words = key => key.replaceAll("_", " ");
 const duration = seconds => seconds === 0 ? "never" : span(seconds);
-const linksTo = path => names => names.map(name => [tagLink(path(name), name), " "]);
+const linksTo = path => all => all.map(one => [link(path(one), one, "tag"), " "]);
 const DETAILS = {       // others: as they are, and a moment as a time
   attempts: (n, job) => `${n} of ${Math.max(1, job.max_retries)}` +
     (job.state === "processing" ? `, run ${job.runs.length} is running` : ""),
-  queue: queue => tagLink(boardPath({ queue }), queue), cwd: path => h("code", path),
+  queue: queue => link(boardPath({ queue }), queue, "tag"),
+  cwd: path => h("code", path),
   tags: linksTo(tag => boardPath({ tag })),
   after: linksTo(jobPath), after_any: linksTo(jobPath),
   timeout: duration, backoff_base: duration, backoff_max: duration,
@@ -9126,17 +9125,15 @@ async function act(method, path, body, say, question, complain = error =>
   } finally { refreshAll(true); }
 }
 
-const linked = (id, text) => [h("a", { href: jobPath(id) }, id), text];
-
 const retryJob = job => act("POST", jobUrl(job.id, "/retry"), {},
-  () => linked(job.id, " is queued again."), job.state === "completed" && [
+  () => [jobLink(job.id), " is queued again."], job.state === "completed" && [
     `Run ${job.id} again?`, "It was completed. It runs a second time from the start.",
     "Run again", false]);
 
 function cancelJob(job) {
   const runs = job.state === "processing";
   return act("POST", jobUrl(job.id, "/cancel"), {},
-    () => linked(job.id, runs ? " is being ended." : " is cancelled."), runs && [
+    () => [jobLink(job.id), runs ? " is being ended." : " is cancelled."], runs && [
       `End ${job.id}?`, "Its command is running. It is sent SIGTERM, and SIGKILL if " +
       "it does not go.", "End and cancel"]);
 }
@@ -9228,7 +9225,7 @@ async function submitJob(event) {
   await act("POST", "/api/jobs", job, ({ id }) => {
     dialog.close();
     form.reset();
-    return linked(id, " is enqueued.");
+    return [jobLink(id), " is enqueued."];
   }, null, error => showFormError(dialog, error));
   submit.disabled = false;
 }
@@ -9288,8 +9285,7 @@ on("click", {
   "#clear": () => {
     location.hash = boardPath({});
     $("#filters [name=search]").focus();
-  },
-  ".skip": event => { event.preventDefault(); $("#main").focus(); } });
+  } });
 on("submit", { "#enqueue form": submitJob,
                "#filters": event => event.preventDefault() });
 on("input", { "#filters": () => {
@@ -9317,7 +9313,6 @@ reconnect();
 </script>
 </head>
 <body>
-<a class="skip" href="#main">Skip to the content</a>
 <header class="top">
   <a class="brand" href="#/" aria-label="queuectl, all jobs">
     <svg viewBox="0 0 16 16" aria-hidden="true"><rect width="16" height="16" rx="3.5"
@@ -9333,7 +9328,7 @@ reconnect();
   <span></span><button type="button" id="reconnect">Try now</button></div>
 <div id="read-only" class="notice" hidden>
   Read only: this login can see everything and change nothing.</div>
-<main id="main" tabindex="-1">
+<main>
   <section id="logged-out" class="panel begin" hidden>
     <h1 tabindex="-1">You are not logged in</h1>
     <p>The login belongs to one start of <code>queuectl web</code>. Open the address
