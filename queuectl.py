@@ -3048,10 +3048,8 @@ class SQLite:
         """
         if not rows:
             return 0
-        try:
-            changed: int = self._db.executemany(sql, rows).rowcount
-        except SqlError as error:
-            raise self._refusal(error) from error
+        changed: int = self._patiently(
+            lambda: self._db.executemany(sql, rows).rowcount)
         if expect not in (None, changed):
             raise Stale(f"{changed} of {expect} rows changed by {sql.split()[:2]}")
         return changed
@@ -5168,6 +5166,7 @@ class Claims:
         self._store, self._host, self._clock = queue.store, queue.host, queue.clock
         # As of the last commit, with jobs as claimed: a running job is never edited.
         self._held: dict[int, Claim] = {}
+        self._taken: list[Claim] = []   # by a tick that is not committed
         self._last_tick = math.inf      # to see the clock set back
         self._begun: set[int] = set()   # spares whose slot is not stored yet
         self._begun_before: frozenset[int] = frozenset()    # at the last tick
@@ -5262,20 +5261,18 @@ class Claims:
         """
         if not self._store.begin():
             return None
-        locks, self._begun_before = list[int](), frozenset(self._begun)
+        self._taken, self._begun_before = [], frozenset(self._begun)
         try:
-            return self._write(report, free, most, locks)
+            return self._write(report, free, most)
         except BaseException:
             self._store.rollback()
-            for lock in locks:
-                os.close(lock)
+            for one in self._taken:
+                one.release()
             raise
 
-    def _write(self, report: Report, free: Sequence[int], most: int | None,
-               locks: list[int]) -> Tick:
-        """Adds the taken locks to `locks`. The order matters: ends of runs free slots
-        and unblock jobs, schedules add jobs, due jobs become ready, ready ones are
-        claimed.
+    def _write(self, report: Report, free: Sequence[int], most: int | None) -> Tick:
+        """The order matters: ends of runs free slots and unblock jobs, schedules add
+        jobs, due jobs become ready, ready ones are claimed.
         """
         store, now = self._store, self._clock()
         settings = self._options.adapt(store.settings())
@@ -5315,7 +5312,7 @@ class Claims:
         is_overtaken = bool(spares) and any(
             start_order(job) < max(spares) for job in self._choose(self.worker.slots))
         claims = [] if behind or stop or is_overtaken or not free \
-            else self._claim(free, most, locks, now)
+            else self._claim(free, most, now, settings)
         mine.update((one.number, None) for one in claims)
         is_expiring = bool(report.is_heartbeat or self._expired) \
             and self._expire(now, settings)
@@ -5401,15 +5398,14 @@ class Claims:
             for gpu in names.split(",")} if gpus else {}
         return [slot for slot in free if not used or gpus[slot - 1] not in used]
 
-    def _claim(self, free: Sequence[int], most: int | None, locks: list[int],
-               now: float) -> list[Claim]:
+    def _claim(self, free: Sequence[int], most: int | None, now: float,
+               settings: Settings) -> list[Claim]:
         """Claim the next jobs, `most` at most; a slot 0 is a spare."""
-        store, taken, at = self._store, list[Claim](), iso(now)
+        store, taken, at = self._store, self._taken, iso(now)
         gpus, left = self.worker.gpus, self._without_used([n for n in free if n])
         for job in self._choose(len(left), free.count(0))[:most]:
             slots, left = tuple(left[:job.slots]), left[job.slots:]
             number, lock = self._lock_number("runs", 0)     # before the commit (I5)
-            locks += [lock] if lock >= 0 else []
             taken.append(Claim(job, number, slots, lock))
             # The wait for a slot begins when the job is due, its last run has ended and
             # its dependencies are met.
@@ -5427,7 +5423,7 @@ class Claims:
         jobs = store.move([Change("claim", one.job, one.job._replace(
             claim=one.number, worker=self.worker.name, runs=one.job.runs + 1,
             started_at=at, finished_at=None, exit_code=None, error=None))
-            for one in taken], now)
+            for one in taken], now, settings)
         return [one._replace(job=job) for one, job in zip(taken, jobs)]
 
     def _lock_number(self, counter: str, base: int) -> tuple[int, int]:
