@@ -6128,6 +6128,9 @@ def status_lines(status: Status, style: Style) -> list[str]:
         for state, n in status.counts.items()), "")]
     if all(worker.is_expired for worker in status.workers):
         rows.append(("workers", "none running; `queuectl worker start` starts one", ""))
+        if n := status.counts[PROCESSING]:
+            rows.append((WARNING, f"lost with its worker: {counted(n, 'job')}, which "
+                                  "the next worker runs again", WARN))
     for worker in status.workers:
         rows += [("workers", worker_line(worker, style), ""), *(
             ("workers", f"  {running_line(job, style)}", "") for job in worker.running)]

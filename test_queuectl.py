@@ -3827,6 +3827,9 @@ class Views(Case):
             f"workers   box  pid {os.getpid()}  1/4 slots busy  up 0s",
             "            build  for 0s  make all", "paused    nightly",
             "next due  later in 1m 30s (scheduled)"])
+        gone = self.queue.status()._replace(workers=[])
+        self.assertIn("warning   lost with its worker: 1 job, which the next worker runs again",
+                      queuectl.status_lines(gone, self.PLAIN))
         self.queue.pause()
         self.end(run, Outcome("failed", 3, "exit status 3", 2.5), by=claims)
         self.queue.delete("later")
