@@ -12276,7 +12276,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
                    if len(args.ids) > 1 else output)
 
 
-NOT_IDS = "instead of ids"      # the group of flags that choose jobs
+NOT_IDS, WHICH = "instead of ids", "which jobs"     # groups of flags that choose jobs
 
 
 # What was done to jobs.
@@ -12748,7 +12748,7 @@ def _changing(*options: Option) -> tuple[Option, ...]:
 _JSON = option("--json", "print JSON and nothing else", "output")
 _IDS = option("[ID...]", "the jobs", dest="ids")
 _STATE_FLAG, *_FILTERS = _flags_of(FILTERS)
-_FITTING = _grouped("which jobs", _STATE_FLAG, *_FILTERS)
+_FITTING = _grouped(WHICH, _STATE_FLAG, *_FILTERS)
 _YES = option("--yes -y", "do not ask for confirmation; required for a choice by "
               "filters or --all if stdin is not a terminal")
 _ALL = option("--all", "all jobs that it applies to")
@@ -12777,7 +12777,7 @@ _LIMIT = option("--limit -n N", "at most N; 0: all (default: 50; with --json: al
 _COLUMNS = option("--fields F,F", "only these keys of a job's JSON, in this order",
                   "output", type=parse_keys)
 _OLDER = option("--older-than DUR", "only jobs that finished at least this long ago",
-                "which jobs")
+                WHICH)
 _WORKER_FLAGS = (   # flags of `worker start` that a service may have as well
     option("--count -c N", "slots: jobs at once (default: 1)",
            type=lambda text: parse_whole(text, 1, MAX_SLOTS)),
@@ -12962,7 +12962,7 @@ COMMANDS = (    # in the order of the help
            eg="purge --state completed --older-than 7d\npurge --dry-run",
            also="clean, clear, prune, gc, flush", ids=[], all=True),
     _entry("dlq list", cmd_list, "show the dead jobs", READS,
-           *_grouped("which jobs", *_FILTERS), _LIMIT, _COLUMNS, _JSON,
+           *_grouped(WHICH, *_FILTERS), _LIMIT, _COLUMNS, _JSON,
            eg="dlq --since 1h\ndlq list --fields id,exit_code,error",
            also="dead, failed, dlq ls, dlq show",
            state=[DEAD], sort="finished", show_output=False),
@@ -12971,7 +12971,7 @@ COMMANDS = (    # in the order of the help
            eg="dlq retry job-1\ndlq retry --all --timeout 1h", also="dlq requeue",
            state=[DEAD]),
     _entry("dlq purge", cmd_purge, "delete dead jobs", CHANGES,
-           *_grouped("which jobs", *_FILTERS), _OLDER, _YES, _JSON,
+           *_grouped(WHICH, *_FILTERS), _OLDER, _YES, _JSON,
            eg="dlq purge --older-than 30d\ndlq purge --yes",
            also="dlq rm, dlq delete, dlq clear",
            state=[DEAD], dry_run=False, ids=[], all=True),
@@ -13218,6 +13218,18 @@ class Parser(argparse.ArgumentParser):
             else self.parse_known_intermixed_args([*words])
 
 
+class Choice(argparse.Action):
+    """A flag that chooses jobs. Given twice it is an error: if the last one counted,
+    `delete --tag a --tag b` would delete more than was meant.
+    """
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace,
+                 values: object, flag: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{flag} is given twice")
+        setattr(namespace, self.dest, values)
+
+
 def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """Wrap a parser for argparse: an invalid flag is a usage error (exit status 2)."""
     def parsed(text: str) -> Any:
@@ -13232,6 +13244,7 @@ def _settings(one: Option, strict: bool) -> dict[str, Any]:
     """Return the keywords of `add_argument`; see `parser_of`."""
     given = one.settings
     if strict:
+        given = {"action": Choice, **given} if one.group in (NOT_IDS, WHICH) else given
         return {**given, "type": _typed(given["type"])} if "type" in given else given
     kept: dict[str, Any] = {
         key: given[key] for key in ("nargs", "dest") if key in given}

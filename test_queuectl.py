@@ -5807,7 +5807,9 @@ class CommandLine(Case):
                    "retry -s processing", "delete -s processing", "purge -s processing",
                    "purge -s pending --older-than 1d", "edit a", "edit --priority 1",
                    "purge -s dead -s failed --older-than 1d", "edit a --all -p 1",
-                   "edit -s completed -p 1", "retry --all --yes", "hold --all --yes")
+                   "edit -s completed -p 1", "retry --all --yes", "hold --all --yes",
+                   "delete --tag t --tag t --yes", "list --queue a --queue=q",
+                   "edit --in-queue a --in-queue q -p 1", "dlq purge --older-than 1 --older-than 2")
         self.assertEqual(len(self.queue.jobs()), 5)
 
     def test_a_choice_changes_all_that_fit_and_says_how_many(self):
