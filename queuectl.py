@@ -11605,7 +11605,7 @@ def checked_jobs(given: Iterable[Given], now: float,
 
 
 def ignored_warning(keys: Collection[str]) -> str:
-    return "warning: ignored what the queue keeps itself: " + ", ".join(sorted(keys))
+    return "warning: ignored keys that only the queue sets: " + ", ".join(sorted(keys))
 
 
 def piped_stdin() -> TextIO:
@@ -11679,13 +11679,13 @@ def given_jobs(args: argparse.Namespace) -> tuple[bool, list[Given]]:
     for is_wrong, message, hint in (
             (words == [], "there is no command after --", "write -- PROG ARG..."),
             (args.stream and (args.job not in (None, "-") or args.file or args.command),
-             "--stream reads stdin alone", "give no other job"),
+             "--stream reads only stdin", "give no other job"),
             (args.stream and args.wait, "--stream and --wait do not go together",
              "`queuectl wait --all` waits"),
-            (args.null and not is_batch, "--null reads stdin or a file",
-             "write - or --file F, too"),
+            (args.null and not is_batch, "--null needs stdin or a file",
+             "add - or --file F"),
             (sources.count(None) < 2,
-             "more than one of JOB, --file and words after -- is given",
+             "JOB, --file and words after -- exclude each other",
              "give one; several words go in quotes or after --"),
             (args.command is not None and (words or not (
                 args.job is None or is_batch or is_json(job))),
@@ -11911,7 +11911,7 @@ def _say_added(jobs: Sequence[Job], new: int, args: argparse.Namespace,
         screen.out(f"{new} added: " + " ... ".join(
             dict.fromkeys([jobs[0].id, jobs[-1].id])))
     else:
-        screen.note("no jobs in there; nothing was added")
+        screen.note("the input has no jobs; nothing was added")
     if known and not is_batch:
         screen.note(f"{jobs[0].id} ({jobs[0].state}) has that key: nothing was added")
     screen.flush()
@@ -12207,7 +12207,7 @@ def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     if caller and caller.id in ids:
         raise Refused("blocked",
                       f"{caller.id} runs this command, so its output has no end",
-                      "follow it from outside of the job")
+                      "follow it from outside the job")
     left = {job_id: followed(queue, job_id, args.attempt, args.tail, args.start or 0)
             for job_id in ids}
     said, say_at, begun = set[str](), 0.0, dict.fromkeys(ids, b"")
@@ -12310,8 +12310,8 @@ def _choice(verb: str, args: argparse.Namespace
             raise Usage(f"{verb} does not apply to {state} jobs",
                         "it applies to: " + ", ".join(STATES_FOR[verb]))
     if "older_than" in filters and {*states} & {*WAITING}:
-        raise Usage("--older-than counts from a job's end",
-                    "it fits " + ", ".join(OVER))
+        raise Usage("--older-than applies only to finished jobs",
+                    "choose from: " + ", ".join(OVER))
     return states, filters
 
 
@@ -12322,13 +12322,13 @@ def cmd_wait(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     if choice and (args.state or {*choice[1]} - {"queue"}):
         job_ids = [job.id for job in queue.pages(state=choice[0], **choice[1])]
         if not job_ids:
-            screen.note("no unfinished jobs fit")
+            screen.note("no unfinished job matches")
     elif choice:
         bar = _bar(screen, queue, lambda: queue.jobs(
             WAITING, "oldest", PEOPLE_LIMIT, queue=args.queue))
         before = queue.last_event()
         done = queue.wait_all(args.queue, args.timeout, bar)
-        screen.note(f"all jobs are over: {done.completed} completed, "
+        screen.note(f"all jobs have finished: {done.completed} completed, "
                     f"{done.unsuccessful} dead or cancelled meanwhile")
         status = EX_NO if done.unsuccessful else EX_OK
         jobs = sorted(job for job in queue.named([event.id for event in (
@@ -12373,7 +12373,7 @@ def _wide(verb: str, args: argparse.Namespace, queue: Queue, screen: Screen,
     states, filters = choice
     if not vars(args).get("yes", True):
         if not (sys.stdin and sys.stdin.isatty()):
-            raise Usage("this needs a confirmation, and stdin is not a terminal",
+            raise Usage("this needs confirmation, but stdin is not a terminal",
                         "give --yes")
         amounts = _amounts(queue, states, filters)
         try:
@@ -12443,7 +12443,7 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
             if job.state == CANCELLED:
                 yield job
             else:
-                screen.note(f"{job.id} had {job.state} before it could be cancelled")
+                screen.note(f"{job.id} was {job.state} before it could be cancelled")
     _say_jobs(ended(), "cancelled", args, screen)
     is_done = any(job.state == CANCELLED for job in queue.named(args.ids))
     return EX_OK if choice or is_done else EX_NO
@@ -12624,7 +12624,8 @@ def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     listener = listen(service, args, family, address)
     if args.tls_cert is None and args.host not in ("localhost", "::1") \
             and not address[0].startswith("127."):
-        screen.note("warning: without --tls-cert anybody on the way can read the token")
+        screen.note("warning: without --tls-cert, others on the network can read the "
+                    "token")
 
     def _announce() -> None:
         screen.out(printed_url(site, args.host, listener.server_address[1]))
@@ -12673,7 +12674,7 @@ def cmd_mcp(args: argparse.Namespace, _: object, screen: Screen) -> None:
                               str(args.worker)) if args.worker else None
     agent = Agent(args.path, tools, write, start)
     if sys.stdin and sys.stdin.isatty():
-        screen.note("waiting for messages of an MCP client; Ctrl+C ends this")
+        screen.note("waiting for messages of an MCP client; press Ctrl+C to exit")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         serve_agent(agent, piped_stdin().fileno())
@@ -12749,9 +12750,9 @@ _JSON = option("--json", "print JSON and nothing else", "output")
 _IDS = option("[ID...]", "the jobs", dest="ids")
 _STATE_FLAG, *_FILTERS = _flags_of(FILTERS)
 _FITTING = _grouped(WHICH, _STATE_FLAG, *_FILTERS)
-_YES = option("--yes -y", "do not ask for confirmation; required for a choice by "
-              "filters or --all if stdin is not a terminal")
-_ALL = option("--all", "all jobs that it applies to")
+_YES = option("--yes -y", "do not ask for confirmation; required with filters or "
+              "--all if stdin is not a terminal")
+_ALL = option("--all", "all jobs that the command applies to")
 _WHICH = (_IDS, *_grouped(NOT_IDS, _ALL, _STATE_FLAG, *_FILTERS), _JSON)
 _EDITS = _changing(*_flags_of(FIELDS, "u"))
 # The --queue of `retry` chooses jobs.
@@ -12760,35 +12761,35 @@ _AGAIN = (*(one for one in _EDITS if one.dest != "queue"), _WAIT)
 _QUEUES = option("--queue Q", "only this queue; repeatable (default: all)",
                  action="append", type=parse_name, default=[])
 _SCHEDULED = (
-    option("[COMMAND]", "a shell command; -- PROG ARG... takes words as they are",
+    option("[COMMAND]", "a shell command; a program and its arguments go after --",
            dest="job"),
     option("--tz ZONE", "a time zone, such as Europe/Berlin (default: the local zone)"),
-    option("--catch-up", "missed runs cause one late run (the default)",
+    option("--catch-up", "after missed runs, run once late (the default)",
            action="store_const", const=True, dest="catch_up"),
-    option("--no-catch-up", "missed runs are not made up", action="store_const",
+    option("--no-catch-up", "skip missed runs", action="store_const",
            const=False, dest="catch_up"), *_flags_of(FIELDS, "s"))
 _WAIT_LIMIT = option("--timeout DUR", "wait at most this long")
-_FOLLOW = option("--follow -f", "keep printing what is new")
+_FOLLOW = option("--follow -f", "keep printing as more arrives")
 _SCHEDULE = option("NAME", "the schedule's name")
-_CRON_HELP = "minute hour day month weekday; or @daily and the like; or @every DUR"
+_CRON_HELP = "minute hour day month weekday, a name such as @daily, or @every DUR"
 _KEY = option("KEY", "the setting: " + ", ".join(SETTINGS))
 _LIMIT = option("--limit -n N", "at most N; 0: all (default: 50; with --json: all)",
                 "output")
-_COLUMNS = option("--fields F,F", "only these keys of a job's JSON, in this order",
+_COLUMNS = option("--fields F,F", "only these keys of the job object, in this order",
                   "output", type=parse_keys)
 _OLDER = option("--older-than DUR", "only jobs that finished at least this long ago",
                 WHICH)
 _WORKER_FLAGS = (   # flags of `worker start` that a service may have as well
     option("--count -c N", "slots: jobs at once (default: 1)",
            type=lambda text: parse_whole(text, 1, MAX_SLOTS)),
-    option("--gpus LIST", "a slot for each of these GPUs, as 0,1, or `all`; sets "
+    option("--gpus LIST", "one slot for each of these GPUs: 0,1 or `all`; sets "
            "CUDA_VISIBLE_DEVICES of each job", type=parse_gpus),
     _QUEUES, option("--name NAME", "the worker's name (default: HOST-PID)",
                     type=parse_name),
     *_grouped("defaults for jobs that set none",
               option("--timeout DUR", "end a run after this time"),
               option("--backoff-base DUR", "wait after the first failure")),
-    option("--grace DUR", "once asked to stop, requeue jobs that run longer",
+    option("--grace DUR", "after a request to stop, requeue jobs that run longer",
            "when it exits"))
 
 
@@ -12868,12 +12869,12 @@ COMMANDS = (    # in the order of the help
     _entry(
         "enqueue", cmd_enqueue, "add a job, or many", CREATES,
         option("[JOB]", "a shell command, a JSON object or array, @FILE, or - for "
-               "stdin; -- PROG ARG... adds a command of separate arguments"),
+               "stdin; a program and its arguments go after --"),
         option("--file F", "one job per line: JSON or a shell command; with -- PROG "
-               "ARG... each line is text that replaces {} in an argument, or is "
-               "appended; {#} is its number"),
-        option("--null -0", "items end with NUL, as from find -print0"),
-        option("--stream", "add the lines of stdin as they come"),
+               "ARG... each line replaces {} in an argument, or is appended; {#} is "
+               "its number"),
+        option("--null -0", "items end with NUL, as those of find -print0"),
+        option("--stream", "add lines of stdin as they arrive"),
         *_flags_of(FIELDS, "e"),
         _WAIT,
         option("--quiet -q", "print ids only", "output"), _JSON,
@@ -12883,68 +12884,67 @@ COMMANDS = (    # in the order of the help
         also="add, submit, push, put, new, create, run, exec, batch, sbatch, import",
         read=given_jobs),
     _entry(
-        "worker start", cmd_worker_start, "run jobs until it is stopped", CREATES,
+        "worker start", cmd_worker_start, "run jobs until stopped", CREATES,
         *_WORKER_FLAGS, *_grouped(
             "when it exits",
-            option("--drain", "exit once nothing is running, due or waiting"
-                   " for a retry"),
+            option("--drain", "exit once no job is running, due or waiting for a "
+                   "retry"),
             option("--max-jobs N", "exit after this many runs")),
-        option("--quiet -q", "log nothing but errors"),
-        option("--detach", "run in the background, and return once the worker is "
-               "ready; it logs to a file"),
+        option("--quiet -q", "log only errors"),
+        option("--detach", "run in the background; return once the worker is ready"),
         option("--log FILE", "append the log to this file (default: stderr; with "
-               "--detach the database's path and .log)"),
+               "--detach: the database's path plus .log)"),
         eg="worker start --count 4\nworker start --detach --queue gpu --drain",
         also="start, run, work, daemon, up, drain, worker run"),
     _entry("worker stop", cmd_worker_stop,
            "stop workers once their running jobs have ended", CHANGES,
            option("[NAME...]", "the workers (default: all)", dest="names"),
-           option("--now", "end the running jobs and requeue them"), _WAIT_LIMIT,
+           option("--now", "terminate the running jobs and requeue them"), _WAIT_LIMIT,
            eg="worker stop\nworker stop --now",
            also="stop, down, quit, shutdown, worker kill"),
     _entry("worker list", cmd_worker_list, "show the workers", READS, _JSON,
            eg="worker list --json", also="workers, worker ls, worker status"),
     _entry("status", cmd_status, "show counts, workers and the next job", READS,
-           option("--watch [SECONDS]", "repeat on each change, and on a terminal each "
-                  "SECONDS (1)",
+           option("--watch [SECONDS]", "repeat on each change, and on a terminal every "
+                  "SECONDS (default: 1)",
                   "output", const=1.0, type=_between(0.1)), _JSON,
            eg="status\nstatus --watch", also="st, stat, top"),
     _entry(
         "list", cmd_list, "show jobs, newest first", READS, *_FITTING, _LIMIT, _COLUMNS,
         option("--sort KEY", "one of " + ", ".join(ORDERS), "output",
                choices=tuple(ORDERS), default="newest"),
-        option("--show-output -o", "with the output of each", "output"), _JSON,
+        option("--show-output -o", "also print the output of each", "output"), _JSON,
         eg="list --state pending,failed -n 9\nlist --state dead --tag nightly --json",
         also="ls, ps, jobs, squeue, atq"),
     _entry("show", cmd_show, "show one job in full, and why it does not run", READS,
            option("ID", "the job"), _JSON, eg="show job-1\nshow job-1 --json",
            also="get, info, inspect, describe, job"),
     _entry("logs", cmd_logs, "print the output of jobs", READS,
-           option("[ID...]", "the jobs (default: that of the newest run)", dest="ids"),
+           option("[ID...]", "the jobs (default: the one started last)", dest="ids"),
            _FOLLOW,
-           option("--attempt N", "of the N-th run (default: the last)"),
+           option("--attempt N", "the N-th run (default: the last)"),
            option("--tail N", "only the last N lines"),
-           option("--from BYTE", "skip so many bytes of the full output; with --json "
-                  "continue with the `next` of the last result", dest="start",
+           option("--from BYTE", "skip so many bytes of the full output; with --json, "
+                  "continue with `next` of the last result", dest="start",
                   type=parse_whole), _JSON,
            eg="logs job-1 --tail 20\nlogs -f job-1 job-2",
            also="log, output, tail, cat, follow"),
     _entry("wait", cmd_wait, "wait until jobs have finished", READS, _IDS, *_grouped(
-        NOT_IDS, option("--all", "all jobs, also those added meanwhile"), _STATE_FLAG,
-        *_FILTERS), _WAIT_LIMIT,
+        NOT_IDS, option("--all", "all jobs, including those added meanwhile"),
+        _STATE_FLAG, *_FILTERS), _WAIT_LIMIT,
         option("--quiet -q", "print no messages"), _JSON,
         eg="wait job-1\nwait --all --timeout 1h", also="join"),
-    _entry("retry", cmd_change, "run jobs again, with changes if you like", CHANGES,
+    _entry("retry", cmd_change, "run jobs again, changed if you like", CHANGES,
            *_WHICH, *_AGAIN,
            eg="retry job-1 --timeout 1h\nretry --state dead --queue gpu",
            also="rerun, requeue, restart, redo"),
-    _entry("cancel", cmd_cancel, "cancel jobs, and end running ones", CHANGES,
+    _entry("cancel", cmd_cancel, "cancel jobs; terminate running ones", CHANGES,
            *_WHICH, _YES, eg="cancel job-1 job-2\ncancel --tag nightly",
            also="kill, abort, terminate, scancel"),
     _entry("hold", cmd_change, "keep waiting jobs from starting until `release`",
            CHANGES, *_WHICH, eg="hold job-1\nhold --tag nightly",
            also="suspend, stash"),
-    _entry("release", cmd_change, "let held jobs start again", CHANGES, *_WHICH,
+    _entry("release", cmd_change, "let held jobs start", CHANGES, *_WHICH,
            eg="release job-1\nrelease --all", also="unhold, unstash"),
     _entry("edit", cmd_change, "change waiting or dead jobs", CHANGES, _IDS,
            *_grouped(NOT_IDS, _ALL, _STATE_FLAG, *(
@@ -12956,9 +12956,9 @@ COMMANDS = (    # in the order of the help
     _entry("delete", cmd_change, "delete jobs that are not running", CHANGES, *_WHICH,
            _YES, eg="delete job-1\ndelete --state cancelled",
            also="rm, del, remove, atrm"),
-    _entry("purge", cmd_purge, "delete finished jobs, or those in given states",
+    _entry("purge", cmd_purge, "delete finished jobs, or those that fit the filters",
            CHANGES, *_FITTING, _OLDER,
-           option("--dry-run", "only say what would be deleted"), _YES, _JSON,
+           option("--dry-run", "only print what would be deleted"), _YES, _JSON,
            eg="purge --state completed --older-than 7d\npurge --dry-run",
            also="clean, clear, prune, gc, flush", ids=[], all=True),
     _entry("dlq list", cmd_list, "show the dead jobs", READS,
@@ -13010,7 +13010,7 @@ COMMANDS = (    # in the order of the help
            _SCHEDULE, eg="schedule resume nightly", also="schedule start"),
     _entry("schedule run", cmd_schedule_run, "enqueue a schedule's job now", CHANGES,
            _SCHEDULE, eg="schedule run nightly", also="schedule trigger"),
-    _entry("stats", cmd_stats, "show throughput, success and times", READS,
+    _entry("stats", cmd_stats, "show throughput, success rate and times", READS,
            option("--since DUR", "only the last DUR; at most 8 days"), _JSON,
            eg="stats\nstats --since 1h", also="metrics, statistics"),
     _entry("events", cmd_events, "show the state changes of jobs, oldest first",
@@ -13052,13 +13052,13 @@ COMMANDS = (    # in the order of the help
            eg="systemd web --port 9000\nsystemd web --user --read-only",
            starts=("web",), flags=_WEB_FLAGS),
     _entry("install", cmd_install, "install this program, without pip or network",
-           NEITHER, option("--to DIR", "for lib/queuectl and bin/queuectl (default: "
-                           "~/.local, as root /usr/local)"),
+           NEITHER, option("--to DIR", "where lib/queuectl and bin/queuectl go "
+                           "(default: ~/.local; as root /usr/local)"),
            eg="install --to ~/.local", also="setup"),
-    _entry("mcp", cmd_mcp, "serve AI agents by MCP, on stdin and stdout", NEITHER,
-           option("--read-only", "leave out the tools that change anything"),
-           option("--worker N", "for a job that no worker takes, start a detached one "
-                  "with N slots, which exits when no work is left",
+    _entry("mcp", cmd_mcp, "serve AI agents over MCP, on stdin and stdout", NEITHER,
+           option("--read-only", "omit the tools that change anything"),
+           option("--worker N", "start a detached worker with N slots whenever a job "
+                  "needs one; it exits when no work is left",
                   type=lambda text: parse_whole(text, 1, MAX_SLOTS)),
            eg="mcp --worker 4\n--db /srv/jobs.db mcp --read-only", also="agent"),
     _entry("version", cmd_version, "show the version", NEITHER, _JSON, eg="version"),
@@ -13071,7 +13071,7 @@ TITLES = {"": "A background job queue for the command line",
           "worker": "Workers run jobs in their slots",
           "config": "Settings, stored in the database", "queue": "Queues of jobs",
           "schedule": "Recurring jobs",
-          "systemd": "Unit files for systemd, which starts workers and the dashboard"}
+          "systemd": "Unit files by which systemd runs workers and the dashboard"}
 # What `queuectl` alone prints where there is no queue yet.
 WELCOME = """\
 There is no queue at {path} yet. Begin with:

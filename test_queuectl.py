@@ -6138,7 +6138,7 @@ class CommandLine(Case):
         notes = []
         line = b'{"command": "x", "state": "dead", "exit-code": 1}'
         self.assertEqual(len(self.a_stream(warn=notes.append)[0].add([line, line])), 2)
-        self.assertEqual(notes, ["warning: ignored what the queue keeps itself: exit-code, state"])
+        self.assertEqual(notes, ["warning: ignored keys that only the queue sets: exit-code, state"])
 
     def test_a_stream_waits_for_a_database_that_is_busy(self):
         self.queue.store.db.patience = 0.01
