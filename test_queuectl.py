@@ -11742,7 +11742,7 @@ class Times(Processes):
         for command in ("status", "check"):
             code, out, _ = self.cli(command)
             self.assertEqual(code, 0)
-            self.assertRegex(out, "queue gpu has 3 due jobs, the oldest for .*, and no "
+            self.assertRegex(out, "queue gpu has 3 due jobs, the oldest for .*; no "
                                   "worker is running")
             self.assertRegex(out, "schedule s has been due for .*, and no worker is running")
         self.assertEqual(json.loads(self.cli("status", "--json")[1])["next_due"],
