@@ -21,7 +21,6 @@ Words
     fence      a guard on writes about a run: only while its claim is held
     heartbeat  a counter that a worker raises regularly while it is alive
     lease      how long after its last heartbeat a worker keeps its claims
-    due        its time has come
     dead       failed for good: in the dead letter queue (DLQ) until a user acts
     lost       the outcome of a run whose worker died
     rank       the order of ready jobs: by priority, with ageing also by time
@@ -288,7 +287,7 @@ class Gone(QueueError):
 
 
 class Refused(QueueError):
-    """Anything else; it may set its own `status` and `exit_status`."""
+    """Anything else."""
 
 
 class Stale(Exception):
@@ -469,7 +468,7 @@ def parse_name(text: object) -> str:
 
 
 def nearest(word: str, words: Collection[str]) -> str:
-    """A hint that names the most similar of the words, or "" if none is near."""
+    """A hint that names the most similar of the words, or ""."""
     import difflib  # 5 ms, and only for a mistake
     # Swapped letters first: difflib rates `abd` nearer to `abdc` than `abcd`.
     close = [one for one in words if sorted(one) == sorted(word)] \
@@ -478,7 +477,6 @@ def nearest(word: str, words: Collection[str]) -> str:
 
 
 def parse_state(text: object) -> str:
-    """One of STATES; else Invalid, with the nearest."""
     if text not in STATES:
         raise Invalid(f"there is no state {text!r}",
                       nearest(str(text), STATES) or "use " + ", ".join(STATES))
@@ -853,9 +851,7 @@ def rank_of(priority: int, run_at: str, settings: Settings) -> int:
 
 
 def judged(job: Job, outcome: Outcome) -> Outcome:
-    """The outcome, or LOST if the run failed while another worker was killing it: its
-    own worker was suspended for longer than its lease.
-    """
+    """The outcome, or LOST if the run failed while another worker was killing it."""
     if job.end_requested == LOST and outcome.kind in (FAILURE, TIMEOUT):
         return outcome._replace(kind=LOST, exit_code=None, error=LEASE_EXPIRED)
     return outcome
@@ -938,7 +934,6 @@ def choose(line: Iterable[Job], room: Callable[[str], int], slots: int,
 
 
 def start_order(job: Job) -> tuple[int, str, int]:
-    """The sort key of ready jobs, as in SQL."""
     return job.rank, job.run_at, job.seq
 
 
@@ -6595,8 +6590,8 @@ class Archive:
 
 
 class Command:
-    """One run of a command, up to its Outcome. The worker calls `read` when `pipe` is
-    readable, `peek` when `watch` is, and `finish` after the exit.
+    """One run of a command. The worker calls `read` when `pipe` is readable, `peek`
+    when `watch` is, and `finish` after the exit.
     """
 
     def __init__(self, claim: Claim, timeout: float | None, output_limit: int,
@@ -6839,8 +6834,8 @@ class Trees:
 
 def await_ends(queue: Queue, jobs: Sequence[Job],
                say: Callable[[str], object]) -> list[Job]:
-    """Wait until cancelled jobs have ended; as they are then. Runs of dead workers are
-    killed here (I6); those of frozen workers are left to other workers.
+    """Return cancelled jobs once they have ended. Runs of dead workers are killed here
+    (I6); those of frozen workers are left to other workers.
     """
     peers, trees, lost = Peers(queue), Trees(), dict[int, Run]()
     locks, grace = queue.host.locks, queue.store.settings().kill_grace
