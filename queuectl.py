@@ -6773,26 +6773,21 @@ class Tree:
         Then SIGCONT: a stopped process does not handle SIGTERM (signal(7)).
         """
         late, refused = time.monotonic() >= self.kill_at, set[int]()
-        number, own = signal.SIGKILL if late else signal.SIGTERM, os.getpgrp()
-        groups = {*groups, *(table[pid][1] for pid in left if pid in table)} - {own, 0}
-        for group in groups:
-            if late or -group not in self._asked:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(group, number)
-                    os.killpg(group, signal.SIGCONT)
-                self._asked |= {-group, *(pid for pid, row in table.items()
-                                          if row[1] == group)}
-        for pid in left:
+        groups = {*groups, *(table[pid][1] for pid in left if pid in table)} \
+            - {os.getpgrp(), 0}
+        for target in (*(-group for group in groups), *left):
+            if target in self._asked and not late:
+                continue
             try:
-                if late or pid not in self._asked:
-                    os.kill(pid, number)
-                    os.kill(pid, signal.SIGCONT)
+                os.kill(target, signal.SIGKILL if late else signal.SIGTERM)
+                os.kill(target, signal.SIGCONT)
             except ProcessLookupError:
                 pass
             except PermissionError:
-                refused |= {pid} if late else set()
-        self._asked |= set(left)
-        return refused
+                refused |= {target} if late else set()
+            self._asked |= {target} if target > 0 else {
+                target, *(pid for pid, row in table.items() if row[1] == -target)}
+        return refused & set(left)
 
 
 class Trees:
