@@ -3808,15 +3808,16 @@ class Ledger:
             for seq, (source, reason, job) in enumerate(changes, first)])
 
     def move(self, changes: Sequence[Change], now: float,
-             settings: Settings | None = None) -> list[Job]:
+             settings: Settings | None = None) -> list[Change]:
         """Change the states of jobs by verbs of MOVES, with what follows from a state:
-        claim, worker (I2), waits, rank (I7); returns the changed jobs. Each write is
+        claim, worker (I2), waits, rank (I7); returns that in `after`. Each write is
         guarded by the state and claim that the job had (I1, I3).
         """
         if not changes:
             return []
-        settings, jobs = settings or self.settings(), list[Job]()
-        for verb, before, after, *_ in changes:
+        settings, done = settings or self.settings(), list[Change]()
+        for change in changes:
+            verb, before, after, *_ = change
             step = MOVES[verb]
             if before.state not in step.sources:
                 raise Conflict("wrong-state", f"{before.id} is {before.state}, so "
@@ -3833,36 +3834,32 @@ class Ledger:
             if step.target in WAITING:
                 job = job._replace(waits=waits_of(job, now), rank=rank_of(
                     job.priority, job.run_at, settings))
-            jobs.append(job)
+            done.append(change._replace(after=job))
         self.change(Sql.MOVE, [
-            {**job._asdict(), "source": before.state, "source_claim": before.claim or 0}
-            for (_, before, *_), job in zip(changes, jobs)])
+            {**after._asdict(), "source": before.state,
+             "source_claim": before.claim or 0} for _, before, after, *_ in done])
         self._add_events([
-            (change.before.state, "" if change.reason == MOVES[change.verb].because
-             else change.reason, job) for change, job in zip(changes, jobs)])
-        for change, job in zip(changes, jobs):
-            self.count(job.queue, change.before.state, -1)
-            self.count(job.queue, job.state, +1)
-            if change.verb in TALLIED:
-                self.tally(now, job.queue, change.verb)
-        retried = [change.before for change in changes if change.before.state in OVER]
+            (before.state, "" if reason == MOVES[verb].because else reason, after)
+            for verb, before, after, reason, _ in done])
+        for verb, before, after, *_ in done:
+            self.count(after.queue, before.state, -1)
+            self.count(after.queue, after.state, +1)
+            if verb in TALLIED:
+                self.tally(now, after.queue, verb)
+        retried = [one.before for one in done if one.before.state in OVER]
         under_way = dict(self.rows(Sql.UNBLOCKING)) if retried else {}
         for job in retried:     # dependents wait for it again
             self.do(Sql.UNMEET, {"needs": job.seq, "least": int(job.state != COMPLETED),
                                  "upto": under_way.get(job.seq, END_OF_TIME)})
             self.do(Sql.DELETE_UNBLOCKING, {"needs": job.seq})
-        completed = [job for job in jobs if job.state == COMPLETED]
-        self._unblock([job.seq for job in completed], now)
-        self._unblock([job.seq for job in jobs if job.state in (DEAD, CANCELLED)], now,
-                      least=1)
+        over = [one.after for one in done if one.after.state in OVER]
+        self._unblock([job.seq for job in over if job.state == COMPLETED], now)
+        self._unblock([job.seq for job in over if job.state != COMPLETED], now, least=1)
         self.write(Sql.SET_RESULT, [
             {"name": tag[len(SCHEDULE_TAG):], "state": job.state, "at": iso(now)}
-            for job in jobs if job.state in OVER
-            for tag in job.tags if tag.startswith(SCHEDULE_TAG)])
-        # Last, as on-idle depends on the counts.
-        self._add_hooks([change._replace(after=job) for change, job
-                         in zip(changes, jobs)], settings, now)
-        return jobs
+            for job in over for tag in job.tags if tag.startswith(SCHEDULE_TAG)])
+        self._add_hooks(done, settings, now)    # last, as on-idle depends on the counts
+        return done
 
     def _dependents(self, seqs: Sequence[int], after: int = 0, limit: int = END_OF_TIME,
                     least: int = 0, most: int = 1) -> list[tuple[Any, ...]]:
@@ -3948,9 +3945,9 @@ class Ledger:
             self.tally(now, claim.job.queue, f"run:{kind}")
             if outcome.duration is not None:
                 self.tally(now, claim.job.queue, "run_time", outcome.duration)
-        jobs = self.move(changes, now, settings)
+        changes = self.move(changes, now, settings)
         self.change(Sql.END_RUN, rows)
-        return [change._replace(after=job) for change, job in zip(changes, jobs)]
+        return changes
 
     def _remove(self, job: Job, now: float) -> None:
         if job.state == PROCESSING:
@@ -4916,7 +4913,7 @@ class Queue:
             changes.append(Change("retry", job, job._replace(
                 attempts=0, crashes=0, run_at=iso(now), at_time=False, started_at=None,
                 finished_at=None, exit_code=None, error=None)))
-        return self.store.move(changes, now)
+        return [change.after for change in self.store.move(changes, now)]
 
     def _cancel(self, jobs: Sequence[Job], _: object) -> list[Job]:
         """For a running job, store a request: its state changes when its run ends."""
@@ -4928,7 +4925,8 @@ class Queue:
         moved = self.store.move([Change("cancel", job, job._replace(
             finished_at=iso(now))) for job in jobs if job.state != PROCESSING], now)
         changed = {job.seq: job for job in (
-            *moved, *(job._replace(end_requested=CANCEL) for job in running))}
+            *(change.after for change in moved),
+            *(job._replace(end_requested=CANCEL) for job in running))}
         return [changed[job.seq] for job in jobs]
 
     def _hold(self, jobs: Sequence[Job], skip: Skip, held: bool = True) -> list[Job]:
@@ -5415,11 +5413,11 @@ class Claims:
              "slots": ",".join(map(str, one.slots)) if len(one.slots) > 1 else "",
              "gpus": ",".join(gpus[slot - 1] for slot in one.slots) if gpus else None}
             for one in taken])
-        jobs = store.move([Change("claim", one.job, one.job._replace(
+        changes = store.move([Change("claim", one.job, one.job._replace(
             claim=one.number, worker=self.worker.name, runs=one.job.runs + 1,
             started_at=at, finished_at=None, exit_code=None, error=None))
             for one in taken], now, settings)
-        return [one._replace(job=job) for one, job in zip(taken, jobs)]
+        return [one._replace(job=change.after) for one, change in zip(taken, changes)]
 
     def _lock_number(self, counter: str, base: int) -> tuple[int, int]:
         """A new number, and the descriptor of its lock, at `base` + number. A number

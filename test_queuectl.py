@@ -10017,7 +10017,8 @@ MUTANTS = (
         "Ledger.move", "_unblock", "")),
     ("acknowledged", "a cancelled job is not moved", (
         "Queue._cancel", "call move",
-        "[job._replace(state=CANCELLED) for job in jobs if job.state != PROCESSING]")),
+        "[Change('cancel', job, job._replace(state=CANCELLED)) for job in jobs "
+        "if job.state != PROCESSING]")),
     ("caused", "no fence: a late worker ends a later claim",
         ("MOVE", "AND COALESCE(claim, 0) = :source_claim", ""), ("SQLite.write", "Stale", ""),
         ("Claims._write", "if mine", "True"),
