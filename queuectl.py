@@ -1548,7 +1548,7 @@ FIELDS = {field.name: field._replace(group=group) for group, fields in {
         Field("priority", _whole(-MAX_WHOLE, _WHOLE), "eus",
               "higher first (default: 0)", flags=("--priority", "-p")),
         Field("slots", _whole(1, _AMOUNT, MAX_SLOTS), "eus",
-              "slots of a worker that it takes (default: 1)"),
+              "slots of a worker, or GPUs, that it takes (default: 1)"),
         Field("delay", _SPAN, "eu", "not before this time has passed"),
         Field("run_at", _TIME, "eu",
               "not before: ISO 8601, epoch seconds, +DUR or HH:MM"),
@@ -3822,6 +3822,8 @@ class Ledger:
             if before.state not in step.sources:
                 raise Conflict("wrong-state", f"{before.id} is {before.state}, so "
                                f"`{verb}` does not apply",
+                               f"`queuectl cancel {before.id}` ends it first"
+                               if before.state == PROCESSING else
                                "it must be " + " or ".join(step.sources))
             job = after._replace(state=step.target, updated_at=iso(now),
                                  end_requested=None, waits=None)
@@ -4609,8 +4611,8 @@ class Queue:
                 yield _warning(
                     "too-wide", f"{counted(n, 'job')} of queue {name} cannot run: "
                     f"{first} needs more than {counted(most, 'slot')}, and no worker "
-                    "has more", "`queuectl worker start --count N` starts a larger "
-                    f"one; or `queuectl edit {first} --slots {most}`")
+                    "has more", f"`queuectl edit {first} --slots {most}`, or start a "
+                    "larger worker")
             if most and oldest[name] < LONG_WAIT:
                 continue
             [[n]] = self.store.rows(Sql.COUNT_DUE, queue=name, now=iso(now),
@@ -6022,7 +6024,7 @@ def when_cell(job: Job, now: float) -> str:
 def grid(rows: Sequence[Mapping[str, str]], style: Style,
          default: Mapping[str, str] = {}, spare: Sequence[str] = (
              "ZONE", "CRASHES", "PRIO", "LIMIT", "COMPLETED", "CANCELLED", "SKIPPED",
-             "TAGS", "QUEUE", "LAST", "TRIES")) -> list[str]:
+             "TAGS", "QUEUE", "CRON", "TRIES")) -> list[str]:
     """Return rows as aligned columns, without those of which all cells are `default`.
 
     In a narrow window the last column (a command) is cut at its end, then the first
@@ -6061,7 +6063,8 @@ def job_table(jobs: Sequence[Job], style: Style,
     is_tried = any(job.attempts > 1 or job.state in (FAILED, DEAD) for job in jobs)
     return grid([{
         "ID": paint(job.id, BOLD),
-        "STATE": paint(state_cell(job), STATE_COLOURS[job.state]),
+        "STATE": paint(job.state if why and job.state == PENDING else state_cell(job),
+                       STATE_COLOURS[job.state]),
         "QUEUE": job.queue, "PRIO": str(job.priority), "SLOTS": str(job.slots),
         "TRIES": f"{job.attempts + (job.state == PROCESSING)}/{max(1, job.max_retries)}"
         if is_tried else "",
@@ -6166,8 +6169,8 @@ def schedule_lines(schedules: Sequence[tuple[Schedule, Job | None]],
     return grid([{
         "NAME": one.name, "CRON": one.cron, "ZONE": one.tz or "local",
         "NEXT": "paused" if one.paused else ago(one.next_run, style.now),
-        "LAST": ago(one.last_run, style.now) + (
-            f" ({last.state if last else one.last_state})" if one.last_run else ""),
+        "LAST": f"{last.state if last else one.last_state} "
+                f"{ago(one.last_run, style.now)}" if one.last_run else "-",
         "SKIPPED": str(one.skipped), "QUEUE": str(one.job.get("queue", DEFAULT_QUEUE)),
         "COMMAND": one_line(str(one.job.get("command")))}
         for one, last in schedules], style, {"SKIPPED": "0"})
@@ -7244,10 +7247,10 @@ def gpu_names(text: str) -> tuple[str, ...]:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             timeout=GPU_PATIENCE, encoding="utf-8", errors="replace").stdout
     except (OSError, subprocess.TimeoutExpired) as error:
-        said = str(error)
+        said = getattr(error, "strerror", f"no answer in {span(GPU_PATIENCE)}")
     found = re.findall("(?m)^[0-9]+$", said)
     if not found:
-        raise Refused("unsupported", "nvidia-smi lists no GPU: "
+        raise Refused("unsupported", "no GPU found; nvidia-smi: "
                       + cut(one_line(said.strip()), 200),
                       "name the GPUs, as `--gpus 0,1`")
     return tuple(found)
@@ -11905,9 +11908,13 @@ def _say_added(jobs: Sequence[Job], new: int, args: argparse.Namespace,
     screen.flush()
 
 
-def _note_no_worker(queue: Queue, screen: Screen) -> None:
-    if all(view.is_expired for view in queue.workers()):
+def _note_no_worker(queue: Queue, screen: Screen, slots: int = 1) -> None:
+    most = max((one.slots for one in queue.workers() if not one.is_expired), default=0)
+    if not most:
         screen.note("no worker is running; `queuectl worker start` starts one")
+    elif most < slots:
+        screen.note(f"no worker has {slots} slots, the largest has {most}; "
+                    "`queuectl edit ID --slots N`, or start a larger one")
 
 
 def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -11959,7 +11966,7 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     status = _report(args, queue, screen, jobs,
                      lambda jobs: _say_added([*jobs], new, args, screen))
     if jobs and not args.wait:
-        _note_no_worker(queue, screen)
+        _note_no_worker(queue, screen, max(job.slots for job in jobs))
     return status
 
 
@@ -12110,7 +12117,7 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     # One more, to know whether there are more.
     jobs = queue.jobs(states, args.sort, limit + 1 if limit else 0, **filters)
     shown = jobs[:limit or None]
-    why = {} if not states or {*states} - {*WAITING} else {
+    why = {} if not all(job.waits for job in shown) else {
         job_id: ", ".join(one.message for one in found) or "waits for a slot"
         for job_id, found in queue.hindrances(shown).items()}
     head, *lines = [""] if not shown else job_table(shown, style, why) \
@@ -12122,8 +12129,8 @@ def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
         if args.show_output:
             screen.raw(_output_of(queue, job))
         elif is_dlq and job.error and not args.fields:
-            screen.out(style.paint(
-                "    " + cut(one_line(job.error), style.width - 4), DIM))
+            screen.out(*(style.paint(part, DIM) for part in fold(
+                "    " + one_line(job.error), style.width)))
     if not shown:
         screen.note("the dead letter queue is empty" if is_dlq and not filters
                     else "no such jobs" if filters or states
@@ -12882,7 +12889,7 @@ COMMANDS = (    # in the order of the help
         option("--detach", "run in the background; return once the worker is ready"),
         option("--log FILE", "append the log to this file (default: stderr; with "
                "--detach: the database's path plus .log)"),
-        eg="worker start --count 4\nworker start --detach --queue gpu --drain",
+        eg="worker start --count 4\nworker start --gpus all --detach",
         also="start, run, work, daemon, up, drain, worker run"),
     _entry("worker stop", cmd_worker_stop,
            "stop workers once their running jobs have ended", CHANGES,

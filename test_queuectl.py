@@ -2604,8 +2604,7 @@ class Promises(Case):
         [found] = self.queue.status().attention
         self.assertEqual((found.code, found.message, found.hint), (
             "too-wide", "1 job of queue q cannot run: w5 needs more than 4 slots, and no worker "
-            "has more", "`queuectl worker start --count N` starts a larger one; or "
-            "`queuectl edit w5 --slots 4`"))
+            "has more", "`queuectl edit w5 --slots 4`, or start a larger worker"))
         self.assertIn(found, queuectl.Inspection(self.queue).findings())
         self.queue.edit("w5", slots=4)
         self.assertEqual(self.queue.status().attention, [])
@@ -3962,12 +3961,15 @@ class Views(Case):
         self.queue.pause_schedule("rests")
         self.queue.run_schedule("a")
         self.after(120)
-        self.assertEqual(queuectl.schedule_lines(
-            [(one, self.queue.last_job(one)) for one in self.queue.schedules()],
-            self.PLAIN._replace(now=self.clock.now)), [
-            "NAME   CRON          ZONE        NEXT    LAST              QUEUE    COMMAND",
-            "a      */10 * * * *  Asia/Tokyo  in 8m   2m ago (pending)  q        make; all",
-            "rests  @daily        UTC         paused  -                 default  x"])
+        for width, wanted in ((0, [
+                "NAME   CRON          ZONE        NEXT    LAST            QUEUE    COMMAND",
+                "a      */10 * * * *  Asia/Tokyo  in 8m   pending 2m ago  q        make; all",
+                "rests  @daily        UTC         paused  -               default  x"]), (40, [
+                    "NAME   NEXT    LAST            COMMAND", "a      in 8m   pending 2m ago  make; all",
+                    "rests  paused  -               x"])):
+            self.assertEqual(queuectl.schedule_lines(
+                [(one, self.queue.last_job(one)) for one in self.queue.schedules()],
+                self.PLAIN._replace(now=self.clock.now, width=width)), wanted)
 
     def test_a_note_says_why_a_job_does_not_run_or_what_went_wrong(self):
         self.job(id="dead", max_retries=1)
@@ -5443,7 +5445,7 @@ class Agents(Case):
                 ("wait", {"ids": ["b"]}, "blocked", "after a"),
                 ("wait", {"ids": ["b"], "timeout": "x"}, "invalid-value", "duration"),
                 ("cancel", {"ids": ["a"]}, "wrong-state", "cancelled"),
-                ("retry", {"ids": ["job-1"]}, "wrong-state", "processing"),
+                ("retry", {"ids": ["job-1"]}, "wrong-state", "`queuectl cancel job-1` ends it first"),
                 ("list", {"state": ["ded"]}, "invalid-value", "dead"),
                 ("list", {"exit_code": {}}, "invalid-value", "exit_code")):
             with self.subTest(tool=tool, given=given):
@@ -5929,6 +5931,25 @@ class CommandLine(Case):
                                       r"start` starts one\n.*not over yet; wait longer")
         self.assertIn("no worker is running; `queuectl worker start`", self.cli("enqueue x")[2])
         self.assertEqual(self.cli("enqueue x -q")[2], "")
+
+    def test_a_list_of_waiting_jobs_says_why_they_wait(self):
+        self.jobs([{"id": "a", "held": True}, {"id": "b", "after": ["a"], "tags": ["t"]}])
+        self.claims.leave()
+        self.assertRegex(self.cli("list")[1], r"\na +pending +no worker is running, held +true\n")
+        self.assertRegex(self.cli("list --tag t")[1], r"\nb +pending +t +after a \(held\)")
+
+    def test_the_error_of_a_dead_job_is_broken_to_the_width_and_not_cut(self):
+        self.job(max_retries=1)
+        self.run_next(Outcome("failed", 3, "one two three", 0.1))
+        narrow = queuectl.Style(False, 16, NOON)
+        with mock.patch.object(queuectl.Screen, "style", staticmethod(lambda: narrow)):
+            self.assertIn("\n    one two\n    three\n", self.cli("dlq")[1])
+
+    def test_a_job_that_no_worker_has_slots_for_is_reported_at_once(self):
+        self.worker(slots=2)
+        for slots, said in ((2, ""), (4, "no worker has 4 slots, the largest has 2; `queuectl edit "
+                                         "ID --slots N`, or start a larger one\n")):
+            self.assertEqual(self.cli(f"enqueue x --slots {slots}")[2], said)
 
     # Queues, schedules, changes.
 
@@ -6656,14 +6677,14 @@ class Program(Processes):
         self.assertIn("needs 4 slots, the largest worker has 3", self.cli("show", "job-10")[1])
         code, _, err = self.call("worker", "start", "--gpus", "3")
         self.assertEqual((code, "worker two uses GPU 3 already" in err), (1, True), err)
-        for answer, said in (("echo no driver; exit 9", "lists no GPU: no driver"),
-                             ("exec sleep 60", "timed out after 0.1 s")):
+        for answer, said in (("echo no driver; exit 9", "nvidia-smi: no driver"),
+                             ("exec sleep 60", "no answer in 0.1s")):
             self.script("nvidia-smi", answer)
             with mock.patch.dict(os.environ, path), \
                     mock.patch.object(queuectl, "GPU_PATIENCE", 0.1), refused("unsupported", said):
                 queuectl.gpu_names("all")
         with mock.patch.dict(os.environ, PATH="/nowhere"), \
-                refused("unsupported", "No such file"):
+                refused("unsupported", "nvidia-smi: No such file"):
             queuectl.gpu_names("all")
         some.terminate()
         self.assert_ends(some)
