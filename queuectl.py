@@ -1324,7 +1324,7 @@ def split_zone(cron: str, tz: str | None, now: float) -> tuple[str, str | None]:
 
 def runs_of(schedule: Schedule, after: float) -> Iterator[float]:
     cron, zone = parse_cron(schedule.cron), zone_of(schedule.tz)
-    start = epoch(schedule.created_at)
+    start = epoch(schedule.created_at) if cron.every else 0.0
     while (after := first_run(cron, after, zone, start)) < math.inf:
         yield after
 
@@ -3436,7 +3436,7 @@ class Notifier:
         if usec.isdigit() and int(usec) and pid in (b"", b"%d" % service):
             self.interval = int(usec) / 2e6
         self._watchdog_at = math.inf    # monotonic; once it is ready
-        self._status, self._status_at = "", 0.0
+        self._status, self._status_at, self._is_stopping = "", 0.0, False
 
     def ready(self) -> None:
         self._tell("READY=1", NOTIFY_PATIENCE)
@@ -3444,7 +3444,9 @@ class Notifier:
             self._watchdog_at = time.monotonic()
 
     def stopping(self) -> None:
-        self._tell("STOPPING=1", NOTIFY_PATIENCE)
+        if not self._is_stopping:
+            self._tell("STOPPING=1", NOTIFY_PATIENCE)
+        self._is_stopping = True
 
     @property
     def next_at(self) -> float:

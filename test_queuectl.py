@@ -10145,7 +10145,7 @@ FAST = "/dev/shm" if os.path.isdir("/dev/shm") else None   # a kill needs no rea
 
 # The moments that matter most: before or after a function uses that name first.
 MOMENTS = (
-    ("SQLite.commit",        "before",   "COMMIT"),
+    ("SQLite.commit",        "before",   "_patiently"),
     ("SQLite.transaction",   "after",    "commit"),
     ("SQLite._upgrade",      "before",   "format"),
     ("SQLite._upgrade",      "before",   "split"),          # copied, nothing new yet
