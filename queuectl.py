@@ -11313,16 +11313,8 @@ def is_foreground() -> bool:
 
 
 def window() -> os.terminal_size:
-    """Return the size by COLUMNS and LINES, or stdout's, or 80 by 24, as shutil does,
-    whose import takes 4 ms.
-    """
-    found = os.terminal_size((0, 0))
-    with contextlib.suppress(OSError):
-        found = os.get_terminal_size(1)     # 0 by 0 on a serial line
-    given = [os.environ.get(name, "") for name in ("COLUMNS", "LINES")]
-    return os.terminal_size(int(text) if re.fullmatch("[1-9][0-9]{0,4}", text)
-                            else size or default
-                            for text, size, default in zip(given, found, (80, 24)))
+    import shutil   # 4 ms, and only for a terminal or help
+    return shutil.get_terminal_size()
 
 
 class Log(io.TextIOBase):
@@ -13184,6 +13176,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise Usage(message, f"see `{self.prog} --help`")
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except QueueError as error:
+            raise argparse.ArgumentError(action, str(error)) from None
+
     def _print_message(self, message: str, file: object = None) -> None:
         # That of argparse ignores a full disk.
         screen = Screen()
@@ -13206,29 +13204,6 @@ class Choice(argparse.Action):
         if getattr(namespace, self.dest) is not None:
             parser.error(f"{flag} is given twice")
         setattr(namespace, self.dest, values)
-
-
-def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Wrap a parser for argparse: an invalid flag is a usage error (exit status 2)."""
-    def parsed(text: str) -> Any:
-        try:
-            return parse(text)
-        except QueueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return parsed
-
-
-def _settings(one: Option, strict: bool) -> dict[str, Any]:
-    """Return the keywords of `add_argument`; see `parser_of`."""
-    given = one.settings
-    if strict:
-        given = {"action": Choice, **given} if one.group in (NOT_IDS, WHICH) else given
-        return {**given, "type": _typed(given["type"])} if "type" in given else given
-    kept: dict[str, Any] = {
-        key: given[key] for key in ("nargs", "dest") if key in given}
-    if one.names[0].startswith("-"):
-        kept["action"] = "append" if "metavar" in given else "store_true"
-    return {"default": argparse.SUPPRESS, **kept}
 
 
 def parser_of(entry: Entry, strict: bool = True) -> Parser:
@@ -13261,7 +13236,16 @@ def parser_of(entry: Entry, strict: bool = True) -> Parser:
             "options" if one.names[0].startswith("-") else "arguments")
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        action = groups[title].add_argument(*one.names, **_settings(one, strict))
+        settings = {"action": Choice, **one.settings} \
+            if one.group in (NOT_IDS, WHICH) else one.settings
+        if not strict:
+            settings = {key: settings[key] for key in ("nargs", "dest")
+                        if key in settings}
+            if one.names[0].startswith("-"):
+                settings["action"] = "append" if "metavar" in one.settings \
+                    else "store_true"
+            settings["default"] = argparse.SUPPRESS
+        action = groups[title].add_argument(*one.names, **settings)
         action.required = action.required and strict
     # Because `-0` is a flag, argparse would read `-5` as one.
     parser._has_negative_number_optionals.clear()
@@ -13557,17 +13541,23 @@ def _start_worker(args: argparse.Namespace) -> int:
     return _detach(args, log) if args.detach else _run_supervised(args, log)
 
 
-def _run_command(args: argparse.Namespace, is_first: bool) -> int:
-    """Run a command. If `is_first` (`queuectl` alone), a missing queue is no error."""
+def _run(argv: Sequence[str]) -> int:
+    args = _parse(argv)
+    args.path = database_path(getattr(args, "db", None))
     entry = args.entry
+    if entry.run is cmd_worker_start:
+        return _start_worker(args)
     screen = Screen(getattr(args, "json", False) or getattr(args, "quiet", False),
                     acts=entry.opens != READS)
     try:
-        with contextlib.nullcontext() if entry.opens == NEITHER \
-                else opened(args, screen) as queue:
+        with contextlib.ExitStack() as stack:
+            if entry.run is cmd_web:
+                stack.enter_context(log_on_stderr())
+            queue = entry.opens != NEITHER and stack.enter_context(opened(args, screen))
             status = int(entry.run(args, queue, screen) or EX_OK)
     except Refused as error:
-        if error.code != "no-queue" or not is_first:
+        # `queuectl` alone, where there is no queue yet, is no error.
+        if error.code != "no-queue" or entry.words != ("status",) or "status" in argv:
             raise
         screen.out(WELCOME.format(path=os.path.abspath(args.path)))
         status = EX_OK
@@ -13575,16 +13565,6 @@ def _run_command(args: argparse.Namespace, is_first: bool) -> int:
         screen.clear()
     screen.finish()
     return status
-
-
-def _run(argv: Sequence[str]) -> int:
-    args = _parse(argv)
-    args.path = database_path(getattr(args, "db", None))
-    if args.entry.run is cmd_worker_start:
-        return _start_worker(args)
-    is_first = args.entry.words == ("status",) and "status" not in argv
-    with log_on_stderr() if args.entry.run is cmd_web else contextlib.nullcontext():
-        return _told(lambda: _run_command(args, is_first), getattr(args, "json", False))
 
 
 def _open_standard_streams() -> None:
