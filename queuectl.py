@@ -1407,14 +1407,11 @@ def _env(value: Any, now: float) -> dict[str, str]:
         if not is_text(text):
             raise Invalid(f"the value of {name} is not text", "put it in quotes")
         size = len(f"{name}={text}".encode())
-        if size > MAX_TEXT:
-            raise Invalid(f"{name} is {size:,} bytes long, more than the {MAX_TEXT:,} "
-                          "that can be started",
-                          "put the value into a file and give its name")
         total += size
-    if total > MAX_ENV:
-        raise Invalid(f"all variables are {total:,} bytes long, more than {MAX_ENV:,}",
-                      "put the values into a file and give its name")
+        if size > MAX_TEXT or total > MAX_ENV:
+            raise Invalid(
+                f"{name} is too long: at most {MAX_TEXT:,} bytes each, {MAX_ENV:,} in "
+                "all", "put the value into a file and give its name")
     return value
 
 
@@ -6812,12 +6809,11 @@ class Trees:
         """
         begun = time.monotonic()
         self.at = begun + RESCUE_TICK
-        table, orphans = process_table(), dict[int, int]()
-        for pid, (parent, *_) in table.items():
-            named = parent in parents and pid not in parents and re.search(
-                rb"(?:^|\0)QUEUECTL_CLAIM=(\d+)\0", _read(f"/proc/{pid}/environ"))
-            if named:
-                orphans[pid] = int(named[1])
+        table = process_table()
+        orphans = {
+            pid: int(named[1]) for pid, (parent, *_) in table.items()
+            if parent in parents and pid not in parents and (named := re.search(
+                rb"(?:^|\0)QUEUECTL_CLAIM=(\d+)\0", _read(f"/proc/{pid}/environ")))}
         for one in self._trees:
             one.step(locks, table, orphans)
         over = [one for one in self._trees if one.is_refused or not one.left]
