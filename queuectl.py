@@ -1391,10 +1391,13 @@ def _names(value: Any, now: float = 0.0) -> tuple[str, ...]:
     return tuple(dict.fromkeys(map(parse_name, names)))
 
 
-def _key(value: Any, now: float) -> str:
-    if not is_text(value) or not 1 <= len(value) <= MAX_KEY:
-        raise Invalid(f"{str(value)[:80]!r} is not text of 1 to {MAX_KEY:,} characters")
-    return str(value)
+def _text(least: int, most: int) -> Callable[[Any, float], str]:
+    def parse(value: Any, now: float) -> str:
+        if not is_text(value) or not least <= len(value) <= most:
+            raise Invalid(f"{str(value)[:80]!r} is not text of {least} to {most:,} "
+                          "characters")
+        return str(value)
+    return parse
 
 
 def _env(value: Any, now: float) -> dict[str, str]:
@@ -1425,12 +1428,6 @@ def _flag(value: Any, now: float) -> bool:
     if not isinstance(value, bool):
         raise Invalid(f"{value!r} is neither true nor false")
     return value
-
-
-def _search(text: str, now: float) -> str:
-    if not is_text(text) or len(text) > MAX_SEARCH:
-        raise Invalid(f"a search text has at most {MAX_SEARCH} characters, no NUL")
-    return text
 
 
 def _time_text(text: str) -> str:
@@ -1492,26 +1489,16 @@ def _whole(least: int, output: dict[str, Any], most: int = MAX_WHOLE) -> Kind:
                 {"metavar": "N", "type": lambda text: parse_whole(text, least, most)})
 
 
-_COMMAND = Kind(
-    _command, {"type": "string", "minLength": 1, "maxLength": MAX_TEXT,
-               "pattern": "^[^\\u0000]*[^\\u0000\\s][^\\u0000]*$"},
-    _TEXT, {"metavar": "C"})
 _ID = Kind(_timeless(parse_name), _or_null(NAME_SCHEMA), NAME_SCHEMA,
            {"metavar": "ID"})
 _TAGS = Kind(_names, {"type": ["array", "string", "null"], "items": NAME_SCHEMA,
                       "pattern": f"^{_NAME}$"}, {"type": "array", "items": NAME_SCHEMA},
              {"action": "append", "metavar": "T"})
 _NEEDS = _TAGS._replace(flag={"action": "append", "metavar": "ID"})
-_UNIQUE = Kind(_key, {"type": ["string", "null"], "minLength": 1, "maxLength": MAX_KEY,
-                      "pattern": _NO_NUL}, _or_null(_TEXT), {"metavar": "KEY"})
-_VARIABLES = Kind(
-    _env, {"type": ["object", "null"], "additionalProperties": {
-        "type": "string", "pattern": "^[^\\u0000]*$"},
-        "propertyNames": {"pattern": f"^{_ENV_NAME}$"}},
-    {"type": "object", "additionalProperties": _TEXT},
-    {"action": "append", "metavar": "K=V"})
-_PATH = Kind(_directory, {"type": ["string", "null"], "minLength": 1,
-                          "pattern": _NO_NUL}, _TEXT, {"metavar": "DIR"})
+_UNIQUE = Kind(
+    _text(1, MAX_KEY), {"type": ["string", "null"], "minLength": 1,
+                        "maxLength": MAX_KEY, "pattern": _NO_NUL},
+    _or_null(_TEXT), {"metavar": "KEY"})
 _SPAN = Kind(
     _timeless(parse_duration),
     {"type": ["number", "string", "null"], "minimum": 0, "maximum": MAX_DURATION,
@@ -1529,7 +1516,10 @@ _TIME = Kind(
 # of `show --json` is valid input.
 FIELDS = {field.name: field._replace(group=group) for group, fields in {
     "the job": (
-        Field("command", _COMMAND, "eu", "the shell command"),
+        Field("command", Kind(
+            _command, {"type": "string", "minLength": 1, "maxLength": MAX_TEXT,
+                       "pattern": "^[^\\u0000]*[^\\u0000\\s][^\\u0000]*$"},
+            _TEXT, {"metavar": "C"}), "eu", "the shell command"),
         Field("id", _ID, "e", "the id (default: job-N)"),
         Field("queue", _ID._replace(flag={"metavar": "Q"}), "eus",
               "the queue (default: default)"),
@@ -1538,9 +1528,16 @@ FIELDS = {field.name: field._replace(group=group) for group, fields in {
               "add nothing while a job with this key is unfinished"),
         Field("once", _UNIQUE, "e",
               "add nothing while any job with this key exists, in any state"),
-        Field("env", _VARIABLES, "es",
+        Field("env", Kind(
+            _env, {"type": ["object", "null"], "additionalProperties": {
+                "type": "string", "pattern": "^[^\\u0000]*$"},
+                "propertyNames": {"pattern": f"^{_ENV_NAME}$"}},
+            {"type": "object", "additionalProperties": _TEXT},
+            {"action": "append", "metavar": "K=V"}), "es",
               "a variable for the command; K: copy it from here; repeatable"),
-        Field("cwd", _PATH, "es", "the working directory (default: the current one)")),
+        Field("cwd", Kind(_directory, {"type": ["string", "null"], "minLength": 1,
+                                       "pattern": _NO_NUL}, _TEXT, {"metavar": "DIR"}),
+              "es", "the working directory (default: the current one)")),
     "when it runs": (
         Field("priority", _whole(-MAX_WHOLE, _WHOLE), "eus",
               "higher first (default: 0)", flags=("--priority", "-p")),
@@ -1599,7 +1596,7 @@ FILTERS = {field.name: field for field in (
           help="only of this queue"),
     Field("tag", _BLANK_OR_NAME._replace(flag={"metavar": "T"}),
           help="only with this tag"),
-    Field("search", Kind(_search, {
+    Field("search", Kind(_text(0, MAX_SEARCH), {
         "type": "string", "maxLength": MAX_SEARCH, "pattern": "^[^\\u0000]*$"},
         flag={"metavar": "TEXT"}), help="text in the id, the command or the error"),
     Field("exit_code", Kind(
@@ -4106,7 +4103,7 @@ def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
         raise TypeError(f"no such filter: {', '.join(sorted(unknown))}")
     stored: dict[str, Callable[[Any], str]] = {
         "search": lambda text: "%{}%".format(
-            re.sub(r"([%_\\])", r"\\\1", _search(text, 0.0))),
+            re.sub(r"([%_\\])", r"\\\1", FILTERS["search"].kind.parse(text, 0.0))),
         "exit_code": json.dumps, "since": iso}
     return {key: stored[key](value) if key in stored else value
             for key, value in filters.items() if value is not None}

@@ -2329,7 +2329,7 @@ class Promises(Case):
         with refused("invalid-value", "did you mean `dead`"):
             swept(self.queue, "delete", "deda")
         for text in ("x" * 60_000, "a\0b"):
-            with refused("invalid-value", "at most 256 characters"):
+            with refused("invalid-value", "0 to 256 characters"):
                 self.queue.jobs(search=text)
 
     def test_jobs_are_chosen_by_how_they_ended_and_by_when_they_changed(self):
