@@ -6598,7 +6598,6 @@ class Command:
         self.pid, self._begun = -1, 0.0
         self._status: int | None = None     # of its exit; None: not reaped
         self.output = Output(output_limit)
-        self.saved = 0                      # bytes of output in the database
         self.pipe, self.watch = -1, -1      # descriptors to poll; -1: none
         self.why: str | None = None         # the outcome if the worker kills it
         self.is_being_killed = False        # the supervisor is killing its tree
@@ -7107,8 +7106,7 @@ def supervise(work: Callable[[Link], int]) -> tuple[int, str]:
 # transactions in that thread are no faster: each statement switches the GIL.)
 
 UNNOTIFIED_POLL = 0.1  # seconds between two polls where no notification can arrive
-PROGRESS_EVERY = 1.0   # seconds between two progress lines, if nothing changes
-PROGRESS_PAUSE = 0.1   # seconds between two at least
+PROGRESS_PAUSE = 0.5   # seconds between two progress lines at least
 EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
 NOTICES_AT_ONCE = 64   # notifications read at once
 PEEK_PAUSE = 0.1       # seconds between two commits of output that clients asked for
@@ -7136,9 +7134,6 @@ class Agenda:
     def hold(self, name: str, until: float = math.inf) -> None:
         self._entries[name][1] = until
 
-    def drop(self, name: str) -> None:
-        self._entries[name][0] = math.inf
-
     def is_wanted(self, name: str, now: float) -> bool:
         """Return True if it is wanted by now, held or not."""
         return self._entries[name][0] <= now
@@ -7149,7 +7144,7 @@ class Agenda:
         """
         for name, entry in self._entries.items():
             if max(entry) <= now:
-                self.drop(name)
+                entry[0] = math.inf
                 yield name
 
     def sleep(self, now: float) -> float:
@@ -7169,16 +7164,12 @@ class Directories:
         except OSError:     # not readable
             self.home = os.open("/", os.O_RDONLY)
         self._mounts = ""
-        self._known: dict[str, bool] = {}
         self.refresh()
 
     def refresh(self) -> None:
-        mounts = self._mounts
+        self._known = dict[str, bool]()
         with contextlib.suppress(OSError):      # no descriptor is free
-            mounts = _read("/proc/self/mountinfo").decode("utf-8", "replace")
-        if mounts != self._mounts or len(self._known) > CLAIM_SCAN:
-            self._mounts = mounts
-            self._known.clear()
+            self._mounts = _read("/proc/self/mountinfo").decode("utf-8", "replace")
 
     def is_local(self, path: str) -> bool:
         """Return True if no part of it is on a network file system."""
@@ -7271,7 +7262,6 @@ class Runner:
         self._queue, self._claims, self._options = queue, claims, options
         self._link, self._notices, self._calls = link, notices, calls
         self._log = calls.log or (lambda line: None)
-        self._progress_at = 0.0         # monotonic: none before
         self._first_progress: Progress | None = None
         self._poll = FALLBACK_POLL if claims.worker.port else UNNOTIFIED_POLL
         self._settings = options.adapt(queue.store.settings())
@@ -7279,31 +7269,31 @@ class Runner:
         self._environ = {**os.environb, b"QUEUECTL_DB": os.fsencode(queue.path)}
         for name in SERVICE_NAMES:      # for the worker, not for jobs
             self._environ.pop(name, None)
+        # `tick` is last, since the commit then uses the connection.
+        self._agenda = Agenda((
+            "renew", "grace", "deadline", "spares", "committed", "notify", "unread",
+            "orders", "heartbeat", "peers", "look", "progress", "tick"))
         self._wakeup = Wakeup()         # for the end of a commit
         self._poller = Poller()
-        self._poller.add(self._wakeup.reader, self._on_wakeup)
+        self._poller.add(self._wakeup.reader,
+                         functools.partial(self._agenda.want, "committed"))
         self._poller.add(link.fileno(), self._on_message)
         self._poller.add(notices.fileno(), self._on_notice)
         self._directories = Directories()
         self._peers = Peers(queue, claims.worker.id)
         self._watches: dict[int, Worker] = {}   # by a descriptor, readable at its end
-        self._gone: list[Worker] = []           # ended, but their locks are still held
-        # `tick` is last, since the commit then uses the connection.
-        self._agenda = Agenda((
-            "renew", "grace", "deadline", "spares", "committed", "notify", "unread",
-            "orders", "output", "heartbeat", "gone", "peers", "look", "progress",
-            "tick"))
         self._free = list(range(1, options.slots + 1))
         self._quota = math.inf if options.max_jobs is None else options.max_jobs
         self._commands: dict[int, Command] = {}         # by claim
         self._archive = Archive(self._log)
         self._unread: list[Command] = []        # they wait for the archive
+        self._unsaved: dict[int, Output] = {}   # grew since it was stored, by claim
         self._spares: list[Claim] = []          # claimed beyond the slots, in order
         self._ended: dict[int, Outcome] = {}            # not recorded yet
         # Lost runs of other workers, by claim: FOUND, KILL (being killed) or KILLED.
         self._lost: dict[int, tuple[Run, int]] = {}
         self._dead: list[Worker] = []                   # to be removed
-        self._is_heartbeat = self._saves = False    # parts of the next tick
+        self._is_heartbeat = False              # of the next tick
         self._commit: tuple[Tick, Report, futures.Future[None]] | None = None
         self._leaving: str | None = None                # wanted: None, DRAIN or NOW
         self._gives_up = False                          # exits without recording
@@ -7313,7 +7303,7 @@ class Runner:
         self._failing_since: float | None = None        # monotonic: ticks fail
         self._complaint = ""                            # the last one logged
         self._pace = math.inf                   # seconds: recent mean of runs
-        self.totals: dict[str, int] = {}        # ended runs by the state of the job
+        self.totals = collections.Counter[str]()    # ended runs by the job's state
 
     # The loop.
 
@@ -7350,26 +7340,21 @@ class Runner:
         self._wakeup.close()
 
     def _step(self) -> None:
-        self._hold()
-        self._poller.wait(min(self._agenda.sleep(time.monotonic()),
+        # Steps that need the connection wait for a commit, and after a failure.
+        agenda, ready_at = self._agenda, math.inf if self._commit else self._retry_at
+        for name in ("orders", "heartbeat", "peers", "progress", "tick"):
+            agenda.hold(name, ready_at)
+        agenda.hold("look", max(ready_at, self._claim_at) if self._usable()
+                    else math.inf)
+        self._poller.wait(min(agenda.sleep(time.monotonic()),
                               RESCUE_TICK if self._link.is_behind else math.inf))
-        self._hold()
-        for name in self._agenda.due(time.monotonic()):
+        for name in agenda.due(time.monotonic()):
             try:
                 getattr(self, f"_do_{name}")()
             except Unavailable as error:
                 self._complain(error)
-                self._agenda.want(name)
+                agenda.want(name)
         self._link.flush()
-
-    def _hold(self) -> None:
-        """Hold steps that need the connection, during a commit and after a failure."""
-        ready_at = math.inf if self._commit else self._retry_at
-        for name in ("orders", "output", "heartbeat", "gone", "peers", "tick"):
-            self._agenda.hold(name, ready_at)
-        self._agenda.hold("look", max(ready_at, self._claim_at) if self._usable()
-                          else math.inf)
-        self._agenda.hold("progress", max(ready_at, self._progress_at))
 
     def _is_over(self) -> bool:
         """Return True if the worker may exit: nothing runs or must be recorded, and it
@@ -7410,13 +7395,12 @@ class Runner:
         time.tzset()    # /etc/localtime may have changed
         self._directories.refresh()
         # Reap the orphans of jobs, but not commands, which have their watches.
-        own, me = {command.pid for command in self._commands.values()}, os.getpid()
+        own = {command.pid for command in self._commands.values()}
         with contextlib.suppress(ChildProcessError, AttributeError, OSError):
             if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 return
             for pid in set(_pids()) - own:
-                fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-                if fields[:1] == [b"Z"] and int(fields[1]) == me:
+                with contextlib.suppress(ChildProcessError):    # another's child
                     os.waitpid(pid, os.WNOHANG)
 
     def _do_notify(self) -> None:
@@ -7426,16 +7410,14 @@ class Runner:
     # The tick.
 
     def _do_look(self) -> None:
-        """Look for work without a commit, which would make all other workers look."""
-        is_ready = self._claims.is_work_ready(self._free)
-        if is_ready:
-            self._agenda.want("tick")
-        self._look_again(None if is_ready else self._claims.next_due())
-
-    def _look_again(self, due: float | None) -> None:
-        """Look when the next job is due (epoch seconds), or after the polling interval:
-        notifications get lost, and clocks are set.
+        """Look for work without a commit, which would make all other workers look:
+        when the next job is due, or after the polling interval, as notifications get
+        lost and clocks are set.
         """
+        if self._claims.is_work_ready(self._free):
+            self._agenda.want("tick")
+            return
+        due = self._claims.next_due()
         wait = math.inf if due is None else due - self._queue.clock()
         self._agenda.want("look", time.monotonic() + min(wait, self._poll))
 
@@ -7443,23 +7425,15 @@ class Runner:
         self._is_heartbeat = True
         self._agenda.want("tick")
 
-    def _do_output(self) -> None:
-        if self._unsaved():
-            self._saves = True
-            self._agenda.want("tick")
-
-    def _unsaved(self) -> dict[int, Output]:
-        return {claim: command.output for claim, command in self._commands.items()
-                if command.output.total > command.saved}
-
     def _do_tick(self) -> None:
-        lost = self._lost.values()
-        outputs = self._unsaved() if self._is_heartbeat or self._saves else {}
+        lost, now = self._lost.values(), time.monotonic()
+        outputs = self._unsaved if self._is_heartbeat or (
+            self._peek_at <= now < self._peek_until) else {}
         report = Report(dict(self._ended), [run for run, at in lost if at == KILLED],
                         [run for run, at in lost if at == FOUND], tuple(self._dead),
                         outputs, self._is_heartbeat)
         free: list[int] = []
-        if not self._leaving and time.monotonic() >= self._claim_at:
+        if not self._leaving and now >= self._claim_at:
             # None with GPUs: the GPU is stored with the claim.
             spares = 0 if self._options.gpus else min(
                 wanted_spares(self._pace, self._options.slots) - len(self._spares),
@@ -7469,20 +7443,16 @@ class Runner:
         if tick is None:
             raise Unavailable("busy", f"{self._queue.path} is busy: another program "
                               "holds its write lock", "end that program")
-        for claim, output in outputs.items():
-            self._commands[claim].saved = output.total
+        if outputs:
+            self._unsaved = {}
         future = self._executor.submit(self._claims.commit)
         self._commit = tick, report, future
         future.add_done_callback(lambda _: self._wakeup.set())
 
-    def _on_wakeup(self) -> None:
-        self._wakeup.clear()
-        if self._commit and self._commit[2].done():
-            self._agenda.want("committed")
-
     def _do_committed(self) -> None:
         """Use the result of the commit; after a failure the next tick repeats all."""
         assert self._commit is not None
+        self._wakeup.clear()
         (tick, report, future), self._commit = self._commit, None
         try:
             future.result()
@@ -7490,8 +7460,8 @@ class Runner:
             self._claims.failed(tick)
             if not isinstance(error, Unavailable):
                 raise
-            for claim in self._commands.keys() & report.outputs.keys():
-                self._commands[claim].saved = 0
+            self._unsaved.update((claim, output) for claim, output
+                                 in report.outputs.items() if claim in self._commands)
             self._complain(error)
             self._agenda.want("tick")
             return
@@ -7528,20 +7498,16 @@ class Runner:
             agenda.want("tick")
         elif tick.is_expiring:
             agenda.want("tick", now + EXPIRE_PAUSE)
-        if tick.claims or not self._free:
-            agenda.want("look")     # held until a slot is free
-        else:
-            self._look_again(tick.next_due)
+        agenda.want("look")     # held until a slot is free
         if tick.changes and self._watches and not self._usable():
-            self._queue.wake(NEW_JOBS)  # others must run what these ends unblock
+            with contextlib.suppress(Unavailable):  # they also poll
+                self._queue.wake(NEW_JOBS)  # others must run what these ends unblock
         if report.is_heartbeat:     # from now: on a slow disk others need time, too
             self._is_heartbeat = False
             agenda.want("heartbeat", now + self._settings.heartbeat)
             agenda.want("peers")
         if report.outputs:
-            self._saves, self._peek_at = False, now + PEEK_PAUSE
-        if self._calls.progress and (tick.changes or tick.claims):
-            agenda.want("progress")
+            self._peek_at = now + PEEK_PAUSE
 
     def _complain(self, error: QueueError) -> None:
         """Log it once, unless the wait is short. Commands and time-outs continue."""
@@ -7573,15 +7539,12 @@ class Runner:
                 self._start(claim)
             else:
                 self._spares.append(claim)
+                self._agenda.hold("spares", time.monotonic() + SPARE_PATIENCE)
+                self._agenda.want("spares")
         self._start_spares()
-        if claims:
-            os.fchdir(self._directories.home)
-        if claims and not claims[-1].slots:
-            self._agenda.drop("spares")
-            self._agenda.want("spares", time.monotonic() + SPARE_PATIENCE)
 
     def _start_spares(self) -> None:
-        while self._spares and self._free and not self._leaving:
+        while self._spares and self._free:
             self._start(self._claims.begin(self._spares.pop(0), self._free.pop(0)))
 
     def _do_spares(self) -> None:
@@ -7625,6 +7588,7 @@ class Runner:
             self._not_started(claim, error)
             return
         finally:
+            os.fchdir(self._directories.home)
             claim.release()
         self._commands[claim.number] = command
         self._poller.add(command.pipe, functools.partial(self._read, command))
@@ -7637,22 +7601,19 @@ class Runner:
         self._free = sorted((*self._free, *claim.slots))
         cwd, shell = claim.job.cwd, self._settings.shell
         words = f"could not be started: {error}"
-        if isinstance(error, OSError) and error.errno in SCARCE:
-            self._claim_at = time.monotonic() + SYNC_PAUSE
-            self._release(claim._replace(lock=-1))
-            self._log(f"{claim.job.id} could not be started: {error.strerror}; "
-                      f"requeued, no claims for {span(SYNC_PAUSE)}")
-            return
-        if isinstance(error, (FileNotFoundError, NotADirectoryError)) \
-                and error.filename == cwd.encode():
-            words = f"the directory {cwd} does not exist"
-        elif isinstance(error, PermissionError) and error.filename == cwd.encode():
-            words = f"cannot enter {cwd}"
-        elif isinstance(error, OSError) and error.errno == errno.E2BIG:
-            # Also for a single text over 128 KiB.
-            words = "the command and its environment are too long for the system"
-        elif isinstance(error, OSError) and error.filename == shell.encode():
-            words = f"cannot execute the shell {shell} ({error.strerror})"
+        if isinstance(error, OSError):
+            if error.errno in SCARCE:
+                self._claim_at = time.monotonic() + SYNC_PAUSE
+                self._release(claim._replace(lock=-1))
+                self._log(f"{claim.job.id} could not be started: {error.strerror}; "
+                          f"requeued, no claims for {span(SYNC_PAUSE)}")
+                return
+            if error.errno == errno.E2BIG:      # also for a single text over 128 KiB
+                words = "the command and its environment are too long for the system"
+            elif error.filename == cwd.encode():
+                words = f"cannot enter {cwd} ({error.strerror})"
+            elif error.filename == shell.encode():
+                words = f"cannot execute the shell {shell} ({error.strerror})"
         self._keep(claim.number, Outcome(FAILURE, None, words, 0.0))
 
     def _environment(self, claim: Claim) -> dict[bytes, bytes]:
@@ -7678,8 +7639,10 @@ class Runner:
         elif not command.read():
             self._poller.drop(pipe)
             self._look_at(command)      # it has probably exited
-        elif self._peek_until > time.monotonic():
-            self._agenda.want("output", self._peek_at)
+        elif command.claim.number in self._commands:
+            self._unsaved[command.claim.number] = command.output
+            if self._peek_until > time.monotonic():
+                self._agenda.want("tick", self._peek_at)
 
     def _do_unread(self) -> None:
         commands, self._unread = self._unread, []
@@ -7708,14 +7671,13 @@ class Runner:
         if command.pipe < 0:
             self._poller.drop(pipe)
         del self._commands[claim.number]
+        self._unsaved.pop(claim.number, None)
         if not self._queue.host.boot:
             self._link.send(START, claim.number, 0)
         self._free = sorted((*self._free, *claim.slots))
         took = outcome.duration or 0.0
         self._pace = took if self._pace == math.inf else 0.8 * self._pace + 0.2 * took
-        if self._spares:
-            self._start_spares()
-            os.fchdir(self._directories.home)
+        self._start_spares()
         self._keep(claim.number, outcome)
 
     def _keep(self, claim: int, outcome: Outcome) -> None:
@@ -7785,15 +7747,12 @@ class Runner:
                       "to another user; the run lasts until that process exits")
 
     def _on_supervisor_killed(self) -> None:
-        self._log("error: this worker's supervisor was killed, so it kills its jobs, "
-                  "requeues them and stops")
-        refused, locks = kill_all(), self._queue.host.locks
-        self._leaving = NOW
+        refused = kill_all()
+        self._leave(NOW, "error: this worker's supervisor was killed")
         for claim, command in list(self._commands.items()):
-            if refused and locks.is_held(claim):
+            if refused and self._queue.host.locks.is_held(claim):
                 self._on_refused(command, refused[0])
             else:
-                command.why = command.why or RELEASED
                 self._finish(command)
 
     # Orders: requests in the database.
@@ -7813,13 +7772,11 @@ class Runner:
         if any(mine.get(one.number, LOST) for one in self._spares):
             self._return_spares()
         for claim, command in list(self._commands.items()):
-            if claim not in mine:
-                if command.why != LOST:
-                    self._log(f"{command.claim.job.id} was taken over, as this worker "
-                              "sent no heartbeat for a lease; killing its command")
-                self._kill(command, LOST)
-            elif mine[claim] is not None:
-                self._kill(command, STOPPED if mine[claim] == CANCEL else LOST)
+            if claim not in mine and command.why != LOST:
+                self._log(f"{command.claim.job.id} was taken over, as this worker sent "
+                          "no heartbeat for a lease; killing its command")
+            if asked := mine.get(claim, LOST):
+                self._kill(command, STOPPED if asked == CANCEL else LOST)
 
     def _leave(self, how: str, why: str) -> None:
         """Begin to stop: DRAIN, then NOW, never back."""
@@ -7865,22 +7822,11 @@ class Runner:
                 self._agenda.want("heartbeat")      # it has ended
 
     def _on_end(self, watch: int) -> None:
-        self._gone.append(self._watches.pop(watch))
+        del self._watches[watch]
         self._poller.drop(watch)
         os.close(watch)
-        self._agenda.want("gone")
-
-    def _do_gone(self) -> None:
-        """Check workers whose supervisors have exited: the lock may still be held, by a
-        starting command, or by a worker whose supervisor was killed.
-        """
-        alive = [worker for worker in self._gone
-                 if self._queue.host.is_alive(worker) is not False]
-        if len(alive) < len(self._gone):
-            self._agenda.want("heartbeat")
-        self._gone = alive
-        if alive:
-            self._agenda.want("gone", time.monotonic() + RESCUE_TICK)
+        # Its worker, if it was killed as well, holds the lock for a moment.
+        self._agenda.want("heartbeat", time.monotonic() + RESCUE_TICK)
 
     def _do_peers(self) -> None:
         """Find runs of lost workers, after a heartbeat of our own. They are marked in
@@ -7904,7 +7850,8 @@ class Runner:
             self._agenda.want("orders")
         if PEEK in words:
             self._peek_until = time.monotonic() + PEEK_PATIENCE
-            self._agenda.want("output", self._peek_at)
+            if self._unsaved:
+                self._agenda.want("tick", self._peek_at)
 
     # The log.
 
@@ -7912,7 +7859,7 @@ class Runner:
         outcome = change.outcome or Outcome(RELEASED)
         if outcome.duration is not None:    # None: not started, or another worker's
             state = change.after.state
-            self.totals[state] = self.totals.get(state, 0) + 1
+            self.totals[state] += 1
         if self._calls.log and (outcome.duration is not None or outcome.kind == LOST):
             self._log(change_line(change, self._queue.clock()))
 
@@ -7925,8 +7872,7 @@ class Runner:
         self._first_progress = first = self._first_progress or now
         self._calls.progress(now.since(first))
         ended = time.monotonic()
-        self._progress_at = ended + max(PROGRESS_PAUSE, 20 * (ended - began))
-        self._agenda.want("progress", ended + PROGRESS_EVERY)
+        self._agenda.want("progress", ended + max(PROGRESS_PAUSE, 20 * (ended - began)))
 
     def _status_line(self) -> str:
         running, slots = len(self._commands), self._options.slots
