@@ -467,6 +467,13 @@ def parse_name(text: object) -> str:
     return text
 
 
+def parse_path(text: str) -> str:
+    """A path, but not "", as of a shell's variable that is not set; else Invalid."""
+    if not text:
+        raise Invalid("'' is not a path", "give one, or leave the flag out")
+    return text
+
+
 def nearest(word: str, words: Collection[str]) -> str:
     """A hint that names the most similar of the words, or ""."""
     import difflib  # 5 ms, and only for a mistake
@@ -12802,7 +12809,7 @@ COMMANDS = (    # in the order of the help
         option("--quiet -q", "log only errors"),
         option("--detach", "run in the background; return once the worker is ready"),
         option("--log FILE", "append the log to this file (default: stderr; with "
-               "--detach: the database's path plus .log)"),
+               "--detach: the database's path plus .log)", type=parse_path),
         eg="worker start --count 4\nworker start --gpus all --detach",
         also="start, run, work, daemon, up, drain, worker run"),
     _entry("worker stop", cmd_worker_stop,
@@ -12962,7 +12969,7 @@ COMMANDS = (    # in the order of the help
            starts=("web",), flags=_WEB_FLAGS),
     _entry("install", cmd_install, "install this program, without pip or network",
            NEITHER, option("--to DIR", "where lib/queuectl and bin/queuectl go "
-                           "(default: ~/.local; as root /usr/local)"),
+                           "(default: ~/.local; as root /usr/local)", type=parse_path),
            eg="install --to ~/.local", also="setup"),
     _entry("mcp", cmd_mcp, "serve AI agents over MCP, on stdin and stdout", NEITHER,
            option("--read-only", "omit the tools that change anything"),
@@ -13032,7 +13039,7 @@ files:
                         named; beside it -wal and -shm (SQLite's), -lock (of
                         the workers) and .log (of `worker start --detach`)"""
 _DB = option("--db PATH", "the database (default: $QUEUECTL_DB, else queue.db)",
-             "options", default=argparse.SUPPRESS)
+             "options", default=argparse.SUPPRESS, type=parse_path)
 _VERSION = option("--version", "show the version and exit", action="version",
                   version=f"queuectl {__version__}")
 _HELP = option("--help -h", "show this help and exit", action="help")

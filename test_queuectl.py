@@ -5631,6 +5631,7 @@ class CommandLine(Case):
         self.fails(2, "statsu", "enqueue", "enqueue echo hi", "list -s bad",
                    "worker start -c 0", "show \udcff", "list --search \udcff",
                    "worker start --queue ''", "worker start --name 'a\nb'",
+                   "--db '' delete --all --yes", "status --db ''", "worker start --log ''",
                    "worker start --gpus 0,0", "worker start --gpus 0,", "worker start --gpus 0 1",
                    "worker start --gpus 0 --count 1", "systemd --gpus 0 -c 2",
                    "enqueue x --slots 0", "enqueue x --slots 513",
