@@ -832,6 +832,7 @@ class Status(NamedTuple):
     next_schedule: Schedule | None
     blocked: int                    # jobs that cannot run until another is retried
     attention: list[Finding]        # what keeps due work from running
+    held: int
 
 
 # ---- 3 Rules -----------------------------------------------------------------
@@ -2176,6 +2177,7 @@ class Sql:
                  WHERE waits = 'scheduled' AND run_at <= :now AND queue = :queue
                    AND slots <= :widest
                  LIMIT :most) AS due"""
+    COUNT_HELD = "SELECT COUNT(*) FROM jobs WHERE waits = 'held'"
     COUNT_LATER = """
         SELECT COUNT(*)
           FROM (SELECT queue FROM jobs WHERE waits = 'scheduled' AND run_at > :now
@@ -4505,6 +4507,9 @@ class Queue:
         """
         workers = [one for one in self.workers() if not one.is_expired]
         stops, found = self._stops(workers), {}
+        first = [one for one in self.store.jobs(    # it may wait for more slots
+            Sql.LINE, widest=max([0, *(one.slots for one in workers)]), limit=1)
+            if not stops(one.queue)]
         for job in jobs:
             if job.state == PROCESSING and job.worker not in [
                     one.name for one in workers]:
@@ -4522,6 +4527,8 @@ class Queue:
                 if job.state == FAILED and job.attempts else ""
             able = [one for one in workers if one.takes(job.queue)]
             free = [one.slots - one.busy for one in able if one.slots >= job.slots]
+            fits = [one for one in able
+                    if one.slots - one.busy >= job.slots and job.waits == READY]
             found[job.id] += stops(job.queue) + [Finding(*row) for is_so, *row in (
                 (job.held, WARNING, "held", "held",
                  f"`queuectl release {job.id}` lets it run"),
@@ -4534,6 +4541,12 @@ class Queue:
                  f"{max([0, *(one.slots for one in able)])}", ""),
                 (free and job.waits == READY and max(free) < job.slots > 1, NOTE,
                  "slots", f"waits for {job.slots} slots, {max([0, *free])} free", ""),
+                *((fits and one.id != job.id and all(
+                    each.takes(one.queue)
+                    and each.slots - each.busy < one.slots <= each.slots
+                    for each in fits), NOTE, "behind",
+                   f"behind {one.id}, which waits for {one.slots} slots", "")
+                  for one in first),
             ) if is_so]
         return found
 
@@ -4597,7 +4610,8 @@ class Queue:
             counts, workers,
             [name for name, paused, _ in self.store.rows(Sql.QUEUES) if paused],
             due[0] if due else None, self.path, schedule,
-            stuck[0], [*self._attention(workers, *stuck)])
+            stuck[0], [*self._attention(workers, *stuck)],
+            self.store.rows(Sql.COUNT_HELD)[0][0])
 
     def _attention(self, workers: Sequence[Worker], n_stuck: int,
                    stuck: Sequence[Job]) -> Iterator[Finding]:
@@ -6136,6 +6150,9 @@ def status_lines(status: Status, style: Style) -> list[str]:
     if status.paused:
         rows.append(("paused", ", ".join("all queues" if name == EVERY_QUEUE else name
                                          for name in status.paused), WARN))
+    if status.held:
+        rows.append(("held", f"{counted(status.held, 'job')} until `queuectl release`",
+                     ""))
     job, schedule = status.next_due, status.next_schedule
     if schedule and (not job or schedule.next_run < job.run_at):
         rows.append(("next due", f"schedule {schedule.name} "

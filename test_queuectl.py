@@ -2599,8 +2599,10 @@ class Promises(Case):
                 self.assertLessEqual({one.level for one in self.queue.hindrances([job])[job.id]},
                                      {level})
         self.end(claims._held[2], by=claims)
-        self.assertEqual(self.queue.waiting_for(self.queue.job("w4"))[0],
-                         "waits for 4 slots, 1 free")
+        self.job(queue="other", id="one")       # only worker four takes it
+        self.assertEqual([self.queue.waiting_for(self.queue.job(id)) for id in ("w4", "one")],
+                         [["waits for 4 slots, 1 free"], ["behind w4, which waits for 4 slots"]])
+        self.queue.delete("one")
         [found] = self.queue.status().attention
         self.assertEqual((found.code, found.message, found.hint), (
             "too-wide", "1 job of queue q cannot run: w5 needs more than 4 slots, and no worker "
@@ -3821,11 +3823,12 @@ class Views(Case):
         run = self.claim(claims)
         self.queue.pause("nightly")
         self.job(id="later", delay=90)
+        self.job(held=True)
         lines = queuectl.status_lines(self.queue.status(), self.PLAIN)
         self.assertEqual(lines[1:-1], [
             f"workers   box  pid {os.getpid()}  1/4 slots busy  up 0s",
             "            build  for 0s  make all", "paused    nightly",
-            "next due  later in 1m 30s (scheduled)"])
+            "held      1 job until `queuectl release`", "next due  later in 1m 30s (scheduled)"])
         gone = self.queue.status()._replace(workers=[])
         self.assertIn("warning   lost with its worker: 1 job, which the next worker runs again",
                       queuectl.status_lines(gone, self.PLAIN))
