@@ -731,10 +731,10 @@ class WorkerOptions(NamedTuple):
 
     def adapt(self, settings: Settings) -> Settings:
         """The configuration of this worker: its flags come first."""
-        given: dict[str, Any] = {
-            "timeout": self.timeout, "backoff_base": self.backoff_base}
-        return settings._replace(**{
-            key: value for key, value in given.items() if value is not None})
+        return settings._replace(
+            timeout=settings.timeout if self.timeout is None else self.timeout,
+            backoff_base=settings.backoff_base if self.backoff_base is None
+            else self.backoff_base)
 
 
 class Claim(NamedTuple):
@@ -1151,8 +1151,7 @@ def parse_cron(text: str) -> Cron:
     if every:
         seconds = parse_duration(every[1])
         if not 1 <= seconds <= CRON_DAYS * DAY:
-            raise Invalid(f"{line!r} is too {'short' if seconds < 1 else 'long'}",
-                          "use 1s to 40 years")
+            raise Invalid(f"{line!r} is too short or too long", "use 1s to 40 years")
         return Cron((), (), (), (), (), False, True, seconds)
     if line.startswith("@") and line.lower() not in CRON_NAMES:
         raise Invalid(f"{line!r} is not a schedule",
@@ -1160,7 +1159,7 @@ def parse_cron(text: str) -> Cron:
     texts = CRON_NAMES.get(line.lower(), line).split()
     if len(texts) != len(CRON_FIELDS):
         raise Invalid(f"{line!r} has {counted(len(texts), 'field')}, not 5", "use "
-                      "minute, hour, day of month, month, day of week, as '30 2 * * "
+                      "minute, hour, day of month, month, day of week, as in '30 2 * * "
                       "mon-fri'")
     minutes, hours, days, months, weekdays = (
         _cron_values(text, number) for number, text in enumerate(texts))
@@ -1168,8 +1167,8 @@ def parse_cron(text: str) -> Cron:
     is_either = not starred[2] and not starred[4]
     longest = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)  # days of the months
     if not is_either and days[0] > max(longest[month - 1] for month in months):
-        raise Invalid(f"{line!r} never comes: no month of it has a day "
-                      f"{days[0]}", "choose another day or month")
+        raise Invalid(f"{line!r} never comes: no month of it has a day {days[0]}",
+                      "choose another day or month")
     return Cron(minutes, hours, days, months, tuple(sorted({n % 7 for n in weekdays})),
                 is_either, starred[0] or starred[1])
 
@@ -6485,11 +6484,11 @@ class Archive:
     writes wait for it (`is_behind`), but not once it hangs: then output is left out,
     and a line in the file says so. `tell` gets errors.
     """
-    ROOM = 16 << 20     # bytes that wait to be written before commands have to
+    ROOM = 16 << 20     # bytes that may wait to be written
     PATIENCE = 5.0      # seconds without a write after which it hangs
     PAUSE = 0.02        # seconds in which output is collected for a write
-    COST = 256          # bytes that a piece counts beyond its length
-    SHORT = 10_000      # files that are to get a line for output that was left out
+    COST = 256          # bytes that a piece takes beyond its length
+    SHORT = 10_000      # incomplete files remembered at most
     AGAIN = 3600.0      # seconds until an error is told again
 
     def __init__(self, tell: Callable[[str], None]) -> None:
