@@ -2261,10 +2261,8 @@ class Sql:
          WHERE waits IS NOT NULL AND seq > :after
          ORDER BY seq LIMIT :limit"""
     SET_RANK = "UPDATE jobs SET rank = :rank WHERE seq = :seq"
-    # By claim, so that a later run of the job is not ended.
-    REQUEST_END = """
-        UPDATE jobs SET end_requested = :end_requested
-         WHERE seq = :seq AND claim = :claim"""
+    REQUEST_END = f"UPDATE jobs {_set('end_requested')} WHERE claim = :claim " \
+        "AND claim IS NOT NULL"
     # Before the first signal to a lost run, so that an end its worker records after all
     # counts as a crash (`judged`).
     SEIZE = """
@@ -4505,13 +4503,12 @@ class Queue:
         worker that runs it is gone.
         """
         workers = [one for one in self.workers() if not one.is_expired]
-        stops, found = self._stops(workers), {}
+        names, stops, found = {one.name for one in workers}, self._stops(workers), {}
         first = [one for one in self.store.jobs(    # it may wait for more slots
             Sql.LINE, widest=max([0, *(one.slots for one in workers)]), limit=1)
             if not stops(one.queue)]
         for job in jobs:
-            if job.state == PROCESSING and job.worker not in [
-                    one.name for one in workers]:
+            if job.state == PROCESSING and job.worker not in names:
                 found[job.id] = [_warning(
                     "no-worker", f"its worker {job.worker} is gone; "
                     "`queuectl worker start` runs it again", "")]
@@ -4938,8 +4935,7 @@ class Queue:
         now = self.clock()
         running = [job for job in jobs if job.state == PROCESSING]
         self.store.change(Sql.REQUEST_END, [
-            {"seq": job.seq, "claim": job.claim, "end_requested": CANCEL}
-            for job in running])
+            {"claim": job.claim, "end_requested": CANCEL} for job in running])
         moved = self.store.move([Change("cancel", job, job._replace(
             finished_at=iso(now))) for job in jobs if job.state != PROCESSING], now)
         changed = {job.seq: job for job in (
@@ -5039,7 +5035,7 @@ class Queue:
         return self.schedule(name)
 
     def _schedule_job(self, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The job object, checked now, but stored as given: runs use later defaults."""
+        # Stored as given, as each run uses the defaults of its time.
         now = self.clock()
         job = {key.replace("-", "_"): value for key, value in fields.items()}
         for key in {*job} & {"id", "once", "after", "after_any", "run_at", "delay",

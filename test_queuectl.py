@@ -1223,7 +1223,8 @@ class Statements(Case):
         ("jobs_in_queue",  "OLDEST_ENDS BEFORE QUEUE_LINE COUNT_WIDE COUNT_DUE"),
         ("jobs_in_",       "ANY_WORK"),     # either: each holds the ready ones alone
         ("jobs_by_time",   "NEXT_DUE DUE_AT MAKE_READY ANY_WORK COUNT_DUE"),
-        ("jobs_by_claim",  "JOB_BY_CLAIM MINE SEIZE UNDER_WAY GPUS_IN_USE DELETE_IDLE_WORKER"),
+        ("jobs_by_claim",  "JOB_BY_CLAIM MINE SEIZE REQUEST_END UNDER_WAY GPUS_IN_USE "
+                           "DELETE_IDLE_WORKER"),
         ("jobs_by_once",   "JOB_BY_ONCE"),
         ("jobs_delayed",   "DELAYED ANY_WORK"),
         ("jobs_by_expiry", "EXPIRED DUE_AT ANY_WORK"),
@@ -1232,7 +1233,7 @@ class Statements(Case):
         ("runs_by_job",    "LAST_RUNS RUNS RUN"),
         ("jobs_by_state",  "NEWEST_IDS"),
         ("autoindex_jobs", "JOBS_NAMED JOB IDS_FROM"),
-        ("PRIMARY KEY",    "EVENTS_AFTER TAGS_FROM MOVE REQUEST_END MEET JOB_BY_SEQ BEGIN_RUN "
+        ("PRIMARY KEY",    "EVENTS_AFTER TAGS_FROM MOVE MEET JOB_BY_SEQ BEGIN_RUN "
                            "END_RUN SAVE_OUTPUT DEPENDENTS HEARTBEAT STOP_REQUESTED "
                            "TALLIES_EVER"),
     )
