@@ -12500,12 +12500,12 @@ def cmd_config_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> N
         default, meaning = setting.default, setting.help
         value = stored.get(key, default)
         found[key] = {"value": value, "default": default, "meaning": meaning}
-        text, shade = one_line(value), BOLD if key in stored else ""
-        is_short = columns(text) <= 8
-        shown = style.paint(f"{text if is_short else 'below':<8}", shade)
+        shade = BOLD if key in stored else ""
+        is_short = columns(one_line(value)) <= 8
+        shown = style.paint(f"{one_line(value) if is_short else 'below':<8}", shade)
         lines.append(f"{key:<20} {shown} {default:<8} {meaning}")
-        if not is_short:
-            lines.append(f"{'':<20} {style.paint(text, shade)}")
+        lines += [f"{'':<20} {style.paint(one_line(line), shade)}"
+                  for line in value.split("\n") if not is_short]
     _view(args, screen, found, lines)
 
 

@@ -5573,13 +5573,13 @@ class CommandLine(Case):
                 self.assertEqual((code, out), (status, ""), err)
                 self.assertIn(said, err)
 
-    def test_a_setting_is_shown_on_one_line(self):
+    def test_a_long_setting_is_shown_below_its_row(self):
         self.says((("config set on-dead '\n echo a |\n cat'",
                     "on-dead = echo a |;  cat: shell command after each dead job\n"),
                    ("config set timeout ''", "timeout = none: a run is ended"),
                    ("config unset timeout", "timeout = none (the default)\n")))
         self.assertRegex(self.cli("config list")[1],
-                         r"\non-dead +below +none .*\n {21}echo a \|;  cat\n")
+                         r"\non-dead +below +none .*\n {21}echo a \|\n {22}cat\n")
 
     def test_a_variable_without_a_value_is_copied_from_the_environment(self):
         with mock.patch.dict(os.environ, {"COPIED": "a=b ü", "BINARY": "\udcff"}):
