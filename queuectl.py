@@ -1937,8 +1937,8 @@ ORDERS = {
 END_OF_TIME = 1 << 62   # a seq above all others
 
 
-# Output may be 16 MiB a run, so it is read only where it is shown.
-RUN_WITHOUT_OUTPUT = ", ".join(
+# Output may be 16 MiB a run.
+_RUN_WITHOUT_OUTPUT = ", ".join(
     "x'' AS output" if field == "output" else f"runs.{field}" for field in Run._fields)
 
 
@@ -2371,12 +2371,8 @@ class Sql:
                                    ELSE :output_bytes END
          {_OPEN}"""
     SAVE_OUTPUT = f"UPDATE runs {_set('output output_bytes')} {_OPEN}"
-    RUNS = "SELECT * FROM runs WHERE job = :job ORDER BY claim"
+    RUNS = "SELECT * FROM runs WHERE job = :job ORDER BY claim DESC LIMIT :limit"
     RUN = "SELECT * FROM runs WHERE job = :job AND number = :number"
-    LAST_RUNS = f"""
-        SELECT {RUN_WITHOUT_OUTPUT} FROM runs
-         WHERE job = :job
-         ORDER BY claim DESC LIMIT :limit"""
     CLAIMED = """
         SELECT workers.id, workers.slots, jobs.slots, jobs.queue, jobs.seq FROM jobs
           JOIN runs ON runs.claim = jobs.claim
@@ -2389,7 +2385,7 @@ class Sql:
          WHERE runs.slot > 0
          ORDER BY runs.claim DESC LIMIT 1"""
     UNDER_WAY = f"""
-        SELECT {RUN_WITHOUT_OUTPUT} FROM jobs
+        SELECT {_RUN_WITHOUT_OUTPUT} FROM jobs
           JOIN runs ON runs.claim = jobs.claim
          WHERE jobs.claim IS NOT NULL
          ORDER BY jobs.claim"""
@@ -2743,9 +2739,9 @@ class SQLite:
         if not os.path.lexists(self.path):
             self._refuse_empty(create)
             try:    # 0600 from its first moment; SQLite gives -wal and -shm the same
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            except FileExistsError:
-                pass
+                with contextlib.suppress(FileExistsError):
+                    os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR,
+                                     0o600))
             except OSError as error:
                 raise Unavailable("unwritable",
                                   f"cannot make {self.path} ({error.strerror})",
@@ -4263,12 +4259,11 @@ class Queue:
                 return
             before, left = page[-1].seq, left - len(page)
 
-    def runs(self, job_id: str, limit: int | None = None) -> list[Run]:
-        """All runs of a job, oldest first; or the last `limit`, without output."""
+    def runs(self, job_id: str, limit: int = END_OF_TIME) -> list[Run]:
+        """The last `limit` runs of a job, oldest first."""
         job = self.store.job(job_id)
-        rows = self.store.rows(Sql.RUNS, job=job.seq) if limit is None else \
-            self.store.rows(Sql.LAST_RUNS, job=job.seq, limit=limit)[::-1]
-        return [Run(*row) for row in rows]
+        rows = self.store.rows(Sql.RUNS, job=job.seq, limit=limit)
+        return [Run(*row) for row in reversed(rows)]
 
     def run(self, job_id: str, number: int | None = None) -> Run:
         """One run of a job by its number, from 1; by default the last. NotFound."""

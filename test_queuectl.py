@@ -1230,7 +1230,7 @@ class Statements(Case):
         ("jobs_by_expiry", "EXPIRED DUE_AT ANY_WORK"),
         ("jobs_blocked",   "STUCK"),
         ("jobs_by_unique", "JOB_BY_UNIQUE"),
-        ("runs_by_job",    "LAST_RUNS RUNS RUN"),
+        ("runs_by_job",    "RUNS RUN"),
         ("jobs_by_state",  "NEWEST_IDS"),
         ("autoindex_jobs", "JOBS_NAMED JOB IDS_FROM"),
         ("PRIMARY KEY",    "EVENTS_AFTER TAGS_FROM MOVE MEET JOB_BY_SEQ BEGIN_RUN "
