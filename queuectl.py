@@ -6031,7 +6031,7 @@ def when_cell(job: Job, now: float) -> str:
 def grid(rows: Sequence[Mapping[str, str]], style: Style,
          default: Mapping[str, str] = {}, spare: Sequence[str] = (
              "ZONE", "CRASHES", "PRIO", "LIMIT", "COMPLETED", "CANCELLED", "SKIPPED",
-             "TAGS", "QUEUE", "CRON", "TRIES")) -> list[str]:
+             "TAGS", "QUEUE", "CRON", "TRIES", "SLOTS")) -> list[str]:
     """Return rows as aligned columns, without those of which all cells are `default`.
 
     In a narrow window the last column (a command) is cut at its end, then the first
@@ -6327,7 +6327,7 @@ def stats_lines(stats: Mapping[str, Summary], seconds: float,
         rate = n / seconds if seconds > 0 else 0.0
         size, unit = next((one for one in units if rate * one[0] >= 1), units[-1])
         return f"{rate * size:.1f} jobs {unit}" if n else "-"
-    lines = [f"since     {span(seconds)}"]
+    lines = [f"since     {span(seconds)} ago"]
     for queue, one in stats.items():
         if queue and len(stats) == 2:
             continue    # a single queue equals all
@@ -11836,13 +11836,13 @@ def _say_added(jobs: Sequence[Job], new: int, args: argparse.Namespace,
     screen.flush()
 
 
-def _note_no_worker(queue: Queue, screen: Screen, slots: int = 1) -> None:
+def _note_no_worker(queue: Queue, screen: Screen, jobs: Sequence[Job] = ()) -> None:
     most = max((one.slots for one in queue.workers() if not one.is_expired), default=0)
     if not most:
         screen.note("no worker is running; `queuectl worker start` starts one")
-    elif most < slots:
-        screen.note(f"no worker has {slots} slots, the largest has {most}; "
-                    "`queuectl edit ID --slots N`, or start a larger one")
+    for job in [job for job in jobs if job.slots > most > 0][:1]:
+        screen.note(f"{job.id} needs {job.slots} slots, the largest worker has {most}; "
+                    f"`queuectl edit {job.id} --slots {most}`, or start a larger one")
 
 
 def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
@@ -11894,7 +11894,7 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
     status = _report(args, queue, screen, jobs,
                      lambda jobs: _say_added([*jobs], new, args, screen))
     if jobs and not args.wait:
-        _note_no_worker(queue, screen, max(job.slots for job in jobs))
+        _note_no_worker(queue, screen, jobs)
     return status
 
 

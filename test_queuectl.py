@@ -4010,7 +4010,7 @@ class Views(Case):
             one = queuectl.Summary(n, n, n, 0, 0, n, none._replace(n=1, mean=2.0), none)
             retries = "1 retry, 1 lost run" if n == 1 else "100 retries, 100 lost runs"
             self.assertEqual(queuectl.stats_lines({"": one}, 3600.0, self.PLAIN), [
-                "since     1h", "queue     all",
+                "since     1h ago", "queue     all",
                 f"jobs      {n} enqueued, {n} completed, 0 dead, 0 cancelled",
                 f"success   100.0%, {retries}", f"rate      {rate}",
                 "run time  mean 2s  p50 0s  p95 0s  p99 0s", "waiting   -"])
@@ -5952,8 +5952,8 @@ class CommandLine(Case):
 
     def test_a_job_that_no_worker_has_slots_for_is_reported_at_once(self):
         self.worker(slots=2)
-        for slots, said in ((2, ""), (4, "no worker has 4 slots, the largest has 2; `queuectl edit "
-                                         "ID --slots N`, or start a larger one\n")):
+        for slots, said in ((2, ""), (4, "job-2 needs 4 slots, the largest worker has 2; `queuectl "
+                                         "edit job-2 --slots 2`, or start a larger one\n")):
             self.assertEqual(self.cli(f"enqueue x --slots {slots}")[2], said)
 
     # Queues, schedules, changes.
