@@ -7508,6 +7508,16 @@ class WebServer(Processes):
         self.assertIn(b" 500 Internal Server Error\r\n", theirs.recv(99))
         self.assertRegex(log[0], "(?s)web: internal error.*AttributeError")
 
+    def test_a_client_without_a_thread_is_told_that_there_are_too_many(self):
+        service = queuectl.Service(None, self.path, self.fail)
+        args = argparse.Namespace(host="127.0.0.1", port=0)
+        with queuectl.listen(args, socket.AF_INET, ("127.0.0.1", 0)) as listener:
+            client = self.connect(listener.getsockname()[1])
+            with mock.patch("threading.Thread.start", side_effect=RuntimeError):
+                queuectl.accept(service, listener)
+            with client.makefile("rb") as reply:
+                self.assertTrue(reply.read().endswith(b'"too many connections"}'))
+
     def test_slow_idle_and_unauthenticated_clients_delay_no_client_with_a_token(self):
         _, port = self.web()
         for number in range(200):
@@ -8346,6 +8356,17 @@ class Browser(Processes):
             self.page("document.querySelector('#reconnect').click()")
             self.see_text(selector, said)
             self.assertEqual(self.text_of("#lost"), [])
+
+    def test_a_hidden_page_frees_its_connection_until_it_is_seen_again(self):
+        self.log_in()
+        hide = ("Object.defineProperty(document, 'hidden', {value: arguments[0], configurable:"
+                " true}); document.dispatchEvent(new Event('visibilitychange'))")
+        self.page(hide, True)
+        self.see("return performance.getEntriesByType('resource').some(one =>"
+                 " one.name.endsWith('/api/events'))")     # listed at its end
+        self.add()
+        self.page(hide, False)
+        self.see_row("job-1", "pending")
 
     def test_a_login_that_may_only_read_shows_nothing_to_change(self):
         self.add(delay=3600)
