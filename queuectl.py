@@ -1380,7 +1380,7 @@ def shell_command(words: Iterable[bytes]) -> str:
     return " ".join(map(shell_word, words))
 
 
-def _command(value: Any, now: float) -> str:
+def _command(value: Any) -> str:
     if not is_text(value) or not value.strip():
         raise Invalid("empty or not text",
                       "give a shell command, in UTF-8 and without NUL")
@@ -1391,15 +1391,15 @@ def _command(value: Any, now: float) -> str:
     return str(value)
 
 
-def _names(value: Any, now: float = 0.0) -> tuple[str, ...]:
+def _names(value: Any) -> tuple[str, ...]:
     if not isinstance(value, (str, list, tuple)):
         raise Invalid(f"{value!r} is not a list of names", NAME_FORM)
     names = [value] if isinstance(value, str) else value
     return tuple(dict.fromkeys(map(parse_name, names)))
 
 
-def _text(least: int, most: int) -> Callable[[Any, float], str]:
-    def parse(value: Any, now: float) -> str:
+def _text(least: int, most: int) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
         if not is_text(value) or not least <= len(value) <= most:
             raise Invalid(f"{str(value)[:80]!r} is not text of {least} to {most:,} "
                           "characters")
@@ -1407,7 +1407,7 @@ def _text(least: int, most: int) -> Callable[[Any, float], str]:
     return parse
 
 
-def _env(value: Any, now: float) -> dict[str, str]:
+def _env(value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
         raise Invalid(f"{value!r} is not an object", 'use {"NAME": "value"}')
     total = 0
@@ -1425,13 +1425,13 @@ def _env(value: Any, now: float) -> dict[str, str]:
     return value
 
 
-def _directory(value: Any, now: float) -> str:
+def _directory(value: Any) -> str:
     if not is_text(value) or not value:
         raise Invalid(f"{value!r} is not a directory's path")
     return os.path.abspath(str(value))      # it need not exist before the job runs
 
 
-def _flag(value: Any, now: float) -> bool:
+def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise Invalid(f"{value!r} is neither true nor false")
     return value
@@ -1464,10 +1464,14 @@ NAME_SCHEMA = {"type": "string", "pattern": f"^{_NAME}$"}
 
 class Kind(NamedTuple):
     """What the values of a field may be."""
-    parse: Callable[[Any, float], Any]  # a value of JSON, a flag or a query; the time
+    parse: Callable[..., Any]           # a value of JSON, a flag or a query
     input: dict[str, Any] = {}          # JSON Schema of what it accepts
     output: dict[str, Any] = {}         # JSON Schema of what replies contain
     flag: dict[str, Any] = {}           # argparse settings; `type` raises Invalid
+    is_timed: bool = False              # `parse` also takes the present time
+
+    def value(self, given: Any, now: float) -> Any:
+        return self.parse(given, now) if self.is_timed else self.parse(given)
 
 
 class Field(NamedTuple):
@@ -1481,12 +1485,8 @@ class Field(NamedTuple):
     default: str = ""   # of a setting
 
 
-def _timeless(parse: Callable[[Any], Any]) -> Callable[[Any, float], Any]:
-    return lambda value, now: parse(value)
-
-
 def _whole(least: int, output: dict[str, Any], most: int = MAX_WHOLE) -> Kind:
-    def parse(value: Any, now: float) -> int:
+    def parse(value: Any) -> int:
         # JSON has one kind of number, so 5.0 is the whole number 5.
         if type(value) not in (int, float) or value % 1 or not least <= value <= most:
             raise Invalid(f"{value!r} is not a whole number from {least} to {most}")
@@ -1496,8 +1496,7 @@ def _whole(least: int, output: dict[str, Any], most: int = MAX_WHOLE) -> Kind:
                 {"metavar": "N", "type": lambda text: parse_whole(text, least, most)})
 
 
-_ID = Kind(_timeless(parse_name), _or_null(NAME_SCHEMA), NAME_SCHEMA,
-           {"metavar": "ID"})
+_ID = Kind(parse_name, _or_null(NAME_SCHEMA), NAME_SCHEMA, {"metavar": "ID"})
 _TAGS = Kind(_names, {"type": ["array", "string", "null"], "items": NAME_SCHEMA,
                       "pattern": f"^{_NAME}$"}, {"type": "array", "items": NAME_SCHEMA},
              {"action": "append", "metavar": "T"})
@@ -1507,16 +1506,15 @@ _UNIQUE = Kind(
                         "maxLength": MAX_KEY, "pattern": _NO_NUL},
     _or_null(_TEXT), {"metavar": "KEY"})
 _SPAN = Kind(
-    _timeless(parse_duration),
-    {"type": ["number", "string", "null"], "minimum": 0, "maximum": MAX_DURATION,
-     "pattern": f"^({SPAN_FORM})$"}, _or_null(_REAL),
-    {"metavar": "DUR", "type": parse_duration})
+    parse_duration, {"type": ["number", "string", "null"], "minimum": 0,
+                     "maximum": MAX_DURATION, "pattern": f"^({SPAN_FORM})$"},
+    _or_null(_REAL), {"metavar": "DUR", "type": parse_duration})
 _CODES = {"type": ["string", "integer", "null"], "minimum": 0, "maximum": 255,
           "pattern": f"^({CODES_FORM})$"}
 _TIME = Kind(
     parse_time, {"type": ["string", "number", "null"], "minimum": 0,
                  "maximum": MAX_DURATION, "pattern": _DATE_FORM}, _STAMP,
-    {"metavar": "TIME", "type": _time_text})
+    {"metavar": "TIME", "type": _time_text}, is_timed=True)
 
 
 # In the order and the groups of the help. The last group is ignored, so that the output
@@ -1571,10 +1569,10 @@ FIELDS = {field.name: field._replace(group=group) for group, fields in {
               "wait after the first failure; doubles (default: as configured)"),
         Field("backoff_max", _SPAN, "es", "no wait is longer (default: as configured)"),
         Field("no_retry_on", Kind(
-            lambda value, now: parse_codes(value) and str(value), _CODES,
+            lambda value: parse_codes(value) and str(value), _CODES,
             _or_null(_TEXT), {"metavar": "CODES"}), "es",
               "exit statuses after which it is dead at once, as 2,64-78")),
-    "": (Field(name, Kind(lambda value, now: value, {
+    "": (Field(name, Kind(lambda value: value, {
         "description": "maintained by the queue: ignored"}, schema), "k")
         for name, schema in (
         ("state", _STATE), ("attempts", _AMOUNT), ("created_at", _STAMP),
@@ -1589,11 +1587,10 @@ SCHEDULE_TAG = "schedule:"      # and the schedule's name: a tag of each of its 
 
 # Filters of jobs: flags of commands and parameters of the API; Sql.FILTERS has their
 # clauses. In a query, blank text is no filter.
-_BLANK_OR_NAME = Kind(_timeless(parse_name),
-                      {"type": "string", "pattern": f"^({_NAME})?$"})
+_BLANK_OR_NAME = Kind(parse_name, {"type": "string", "pattern": f"^({_NAME})?$"})
 FILTERS = {field.name: field for field in (
     Field("state", Kind(
-        _timeless(parse_states),
+        parse_states,
         {"type": "array", "items": {"type": "string", "pattern":
                                     "^(({0})(,({0}))*)?$".format("|".join(STATES))}},
         flag={"action": "extend", "metavar": "S", "type": parse_states}),
@@ -1607,14 +1604,15 @@ FILTERS = {field.name: field for field in (
         "type": "string", "maxLength": MAX_SEARCH, "pattern": "^[^\\u0000]*$"},
         flag={"metavar": "TEXT"}), help="text in the id, the command or the error"),
     Field("exit_code", Kind(
-        _timeless(parse_codes), {"type": ["string", "integer"], "minimum": 0,
-                                 "maximum": 255, "pattern": f"^({CODES_FORM})?$"},
+        parse_codes, {"type": ["string", "integer"], "minimum": 0, "maximum": 255,
+                      "pattern": f"^({CODES_FORM})?$"},
         flag={"metavar": "CODES", "type": parse_codes}),
         help="only if the last run exited with one of these"),
     Field("since", Kind(
         parse_past, {"type": "string", "pattern":
                      f"^({SPAN_FORM})?$|{_DATE_FORM.replace('^20[0-9]', '^20[01]')}"},
-        flag={"metavar": "TIME", "type": lambda text: parse_past(text, time.time())}),
+        flag={"metavar": "TIME", "type": lambda text: parse_past(text, time.time())},
+        is_timed=True),
         help="only if added, started, ended or edited since then, or within DUR"))}
 SELECTORS = tuple(name for name in FILTERS if name != "state")
 
@@ -1642,8 +1640,8 @@ def _absolute(text: str) -> str:
 
 _SPAN_OR_NONE, _COMMAND_OR_NONE = _off_or(parse_duration), _off_or(str)
 # Fields of `Settings`; values are text, as a user sets them and as stored.
-SETTINGS = {name: Field(name, Kind(_timeless(parse)),
-                        help=help, default=default) for name, default, parse, help in (
+SETTINGS = {name: Field(name, Kind(parse), help=help, default=default)
+            for name, default, parse, help in (
     ("max-retries", "3", parse_whole,
      "runs that may fail before a job is dead, including the first"),
     ("backoff-base", "2s", parse_duration,
@@ -1686,7 +1684,7 @@ def setting_key(key: str) -> str:
 
 
 def settings_of(stored: Mapping[str, str]) -> Settings:
-    return Settings(*(setting.kind.parse(stored.get(key, setting.default), 0.0)
+    return Settings(*(setting.kind.parse(stored.get(key, setting.default))
                       for key, setting in SETTINGS.items()))
 
 
@@ -1702,7 +1700,7 @@ def parse_keys(text: str) -> list[str]:
 def field_value(field: Field, value: Any, now: float = 0.0) -> Any:
     """A field's value, checked; Invalid names the field as its key."""
     try:
-        return field.kind.parse(value, now)
+        return field.kind.value(value, now)
     except Invalid as error:
         raise Invalid(f"{field.name}: {error.message}", error.hint, field.name) \
             from None
@@ -4105,7 +4103,7 @@ def _bound(filters: Mapping[str, Any]) -> dict[str, Any]:
         raise TypeError(f"no such filter: {', '.join(sorted(unknown))}")
     stored: dict[str, Callable[[Any], str]] = {
         "search": lambda text: "%{}%".format(
-            re.sub(r"([%_\\])", r"\\\1", FILTERS["search"].kind.parse(text, 0.0))),
+            re.sub(r"([%_\\])", r"\\\1", FILTERS["search"].kind.parse(text))),
         "exit_code": json.dumps, "since": iso}
     return {key: stored[key](value) if key in stored else value
             for key, value in filters.items() if value is not None}
@@ -4962,7 +4960,7 @@ class Queue:
     def limit_queue(self, queue: str, limit: int) -> None:
         """Limit the jobs of a queue that run at once, over all workers; 0: no limit."""
         self._set_queues([queue], Sql.SET_LIMIT,
-                         job_limit=_whole(0, _AMOUNT).parse(limit, 0.0))
+                         job_limit=_whole(0, _AMOUNT).parse(limit))
 
     def _set_queues(self, names: Sequence[str], sql: str, **values: int) -> None:
         names = [*map(parse_name, names)] or [EVERY_QUEUE]
@@ -5088,7 +5086,7 @@ class Queue:
         name = setting_key(key)
         if value is not None:
             value = value.strip() or "none"
-            SETTINGS[name].kind.parse(value, 0.0)
+            SETTINGS[name].kind.parse(value)
             if name == "shell" and not (os.path.isfile(value)
                                         and os.access(value, os.X_OK)):
                 raise Invalid(f"{value} cannot be executed", "give another shell")
@@ -9499,7 +9497,7 @@ def refusal_reply(error: QueueError) -> Reply:
 
 
 def _whole_param(name: str, least: int, most: int, help: str) -> Field:
-    return Field(name, Kind(lambda text, now: parse_whole(text, least, most), {
+    return Field(name, Kind(lambda text: parse_whole(text, least, most), {
         "type": "integer", "minimum": least, "maximum": most}), help=help)
 
 
@@ -9794,7 +9792,7 @@ ROUTES: tuple[Route, ...] = (
           lambda queue, request: stats_object(
               queue.stats(request.params.get("since")),
               queue.covered(request.params.get("since"))),
-          (Field("since", Kind(_timeless(parse_duration), {
+          (Field("since", Kind(parse_duration, {
               "type": "string", "pattern": f"^({SPAN_FORM})?$"}),
               help="only the last DUR; at most 8 days"),)),
     Route("GET", "/api/history", "Statistics by minute.", "History",
@@ -9813,7 +9811,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/api/jobs", "A page of jobs, newest first.", "Page", get_jobs, (
         *FILTERS.values(),
         _whole_param("limit", 1, MAX_PAGE, f"jobs per page; default {USUAL_PAGE}"),
-        Field("after", Kind(lambda text, now: parse_whole(text, 1, 10**12), {
+        Field("after", Kind(lambda text: parse_whole(text, 1, 10**12), {
             "type": "string", "pattern": "^([1-9][0-9]{0,11})?$"}),
             help="`next` of the previous page"))),
     Route("POST", "/api/jobs", "Add a job, or an array of them: all or none.",
@@ -10660,7 +10658,7 @@ def arguments(tool: Tool, given: Mapping[str, Any]) -> dict[str, Any]:
         with at_place(name):
             if value is not None:
                 found[name] = value if fields[name].uses \
-                    else fields[name].kind.parse(value, time.time())
+                    else fields[name].kind.value(value, time.time())
     for name in tool.required:
         if not found.get(name):
             raise Invalid(f"{name} is missing", "give it")
@@ -10888,7 +10886,7 @@ def list_tool(agent: Agent, given: dict[str, Any]) -> dict[str, Any]:
                      for job in jobs[:limit]], "more": len(jobs) > limit}
 
 
-_JOBS = Field("ids", Kind(_timeless(_names), {"type": "array"}), help="ids of jobs")
+_JOBS = Field("ids", Kind(_names, {"type": "array"}), help="ids of jobs")
 _TAIL = Field("tail", _whole(0, {}), help="include so many last bytes of the output")
 TOOLS = (
     Tool("enqueue", "Run a shell command in the background. Returns the job's id.",

@@ -1143,7 +1143,7 @@ class Fields(Case):
                 ("on-dead", {"none": None, "echo": "echo"}), ("shell", {}, "sh", "none"),
                 ("output-dir", {}, "out"), ("priority-ageing", {"30d": 2592e3}, "30d1s", "0.9s"),
                 ("backoff-max", {"10000000000": 1e10}, "10000000001")):
-            parse = functools.partial(queuectl.SETTINGS[key].kind.parse, now=NOON)
+            parse = queuectl.SETTINGS[key].kind.parse
             each(self, parse, taken.items())
             for text in wrong:
                 with self.subTest(key=key, text=text), refused("invalid-value"):
