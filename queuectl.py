@@ -2679,9 +2679,8 @@ class SQLite:
     LENIENT = "PRAGMA writable_schema = ON"     # for a connection that only reads
     VACUUM_STEPWISE = "PRAGMA auto_vacuum = INCREMENTAL"    # before the first table
     JOURNAL = "PRAGMA journal_mode = WAL"
-    CONFIGURATION = (JOURNAL,
-        # An fsync for each commit: with NORMAL a power cut loses the latest commits.
-        "PRAGMA synchronous = FULL",
+    CONFIGURATION = (
+        JOURNAL, "PRAGMA synchronous = FULL",       # or a power cut loses commits
         "PRAGMA journal_size_limit = 16777216",     # shrinks the WAL after a long read
         "PRAGMA wal_autocheckpoint = 3000")         # 12 MiB: a third of the copying
     EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
@@ -3249,8 +3248,8 @@ class Locks:
                 records = file.read(_PLACE_SIZE)
         except OSError:
             return 0
-        whole = len(records) // _PROCESS.size * _PROCESS.size
-        for claim, pid, namespace, since, took in _PROCESS.iter_unpack(records[:whole]):
+        records = records[:len(records) // _PROCESS.size * _PROCESS.size]
+        for claim, pid, namespace, since, took in _PROCESS.iter_unpack(records):
             if claim == run.claim:
                 fields = _stat_fields(pid)
                 if not fields or namespace != _pid_namespace():
@@ -4158,6 +4157,13 @@ class Queue:
         self.store.db.close()
         self.host.locks.close()
 
+    @contextlib.contextmanager
+    def _writing(self, message: bytes = NEW_JOBS) -> Iterator[Ledger]:
+        """A transaction; it wakes the workers after its commit."""
+        with self.store.transaction() as store:
+            yield store
+        self.wake(message)
+
     def enqueue(self, command: str | None = None, **fields: Any) -> Job:
         """Add one job; `fields` are the keys of a job object, as `delay=10`.
 
@@ -4180,14 +4186,12 @@ class Queue:
                 job = given if isinstance(given, Job) else new_job(given, now)
                 wanted.append(job if job.cwd
                               else job._replace(cwd=current_directory()))
-        with self.store.transaction() as store:
+        with self._writing() as store:
             begun = self.clock()    # a delay counts from the call: see since_set_back
-            added = store.add([
+            return store.add([
                 job if not job.run_at or job.at_time else
                 job._replace(run_at=since_set_back(job.run_at, now, begun))
                 for job in wanted], begun)
-        self.wake(NEW_JOBS)
-        return added
 
     def job(self, job_id: str) -> Job:
         """The job of that id, else NotFound."""
@@ -4818,7 +4822,7 @@ class Queue:
     def _change(self, verb: str, job_ids: Sequence[str],
                 fields: Mapping[str, Any] = {}, state: str | None = None) -> list[Job]:
         change = self._changer(verb, fields)
-        with self.store.transaction() as store:
+        with self._writing(NEW_ORDERS if verb == "cancel" else NEW_JOBS) as store:
             # Each once: a second move would fail, as the state has changed (I1).
             jobs = [store.job(job_id) for job_id in dict.fromkeys(job_ids)]
             for job in jobs:
@@ -4826,9 +4830,7 @@ class Queue:
                     raise Conflict("wrong-state", f"{job.id} is {job.state}, not "
                                    f"{state}", f"`queuectl retry {job.id}` retries any "
                                    "job")
-            jobs = change(jobs, _refuse)
-        self.wake(NEW_ORDERS if verb == "cancel" else NEW_JOBS)
-        return jobs
+            return change(jobs, _refuse)
 
     def _changer(self, verb: str, fields: Mapping[str, Any]
                  ) -> Callable[[list[Job], Skip], list[Job]]:
@@ -4964,10 +4966,9 @@ class Queue:
 
     def _set_queues(self, names: Sequence[str], sql: str, **values: int) -> None:
         names = [*map(parse_name, names)] or [EVERY_QUEUE]
-        with self.store.transaction() as store:
+        with self._writing() as store:
             store.write(sql, [{"name": name, **values} for name in names])
             store.do(Sql.FORGET_QUEUES, {})
-        self.wake(NEW_JOBS)
 
     def schedules(self) -> list[Schedule]:
         return self.store.schedules()
@@ -5000,20 +5001,19 @@ class Queue:
         fields["cwd"] = fields.get("cwd") or current_directory()
         schedule = Schedule(name, line, self._schedule_job(name, fields), False,
                             iso(now), "", None, None, zone, 0, None, catch_up)
-        with self.store.transaction() as store:
+        with self._writing() as store:
             if name in [one.name for one in store.schedules()]:
                 raise Conflict("schedule-exists",
                                f"there is a schedule {name!r} already",
                                f"`queuectl schedule edit {name}` changes it")
             store.do(Sql.INSERT_SCHEDULE, {
                 **row_of(schedule), "next_run": run_after(schedule, now)})
-        self.wake(NEW_JOBS)
-        return self.schedule(name)
+            return self.schedule(name)
 
     def edit_schedule(self, name: str, cron: str | None = None, tz: str | None = None,
                       catch_up: bool | None = None, **fields: Any) -> Schedule:
         """Change a schedule, from its next run on; None: as it is."""
-        with self.store.transaction() as store:
+        with self._writing() as store:
             now, old = self.clock(), self.schedule(name)
             line, zone = split_zone(cron or old.cron, tz, now)
             if tz is None and line == (cron or old.cron):
@@ -5023,9 +5023,7 @@ class Queue:
                 catch_up=old.catch_up if catch_up is None else catch_up)
             if (new.cron, new.tz) != (old.cron, old.tz):
                 new = new._replace(next_run=run_after(new, now))
-            store.set_schedule(new)
-        self.wake(NEW_JOBS)
-        return self.schedule(name)
+            return store.set_schedule(new)
 
     def _schedule_job(self, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         # Stored as given, as each run uses the defaults of its time.
@@ -5053,28 +5051,26 @@ class Queue:
 
     def resume_schedule(self, name: str) -> Schedule:
         """End a schedule's pause; missed runs are not made up."""
-        with self.store.transaction() as store:
+        with self._writing() as store:
             now, schedule = self.clock(), self.schedule(name)
             new_job(schedule.job, now)
             if schedule.paused:
                 schedule = store.set_schedule(schedule, paused=False,
                                               next_run=run_after(schedule, now))
-        self.wake(NEW_JOBS)
-        return schedule
+            return schedule
 
     def run_schedule(self, name: str) -> Job:
         """Enqueue a schedule's job now, even if it is paused; Conflict if an unfinished
         job has its unique key.
         """
-        with self.store.transaction() as store:
+        with self._writing() as store:
             now, schedule = self.clock(), self.schedule(name)
             [job], new = store.add([new_job(schedule.job, now)], now)
             if not new:
                 raise Conflict("job-exists", f"{job.id} ({job.state}) has the unique "
                                f"key of {name}", f"wait for {job.id}, or cancel it")
             store.set_schedule(schedule, last_run=iso(now), last_job=job.seq)
-        self.wake(NEW_JOBS)
-        return job
+            return job
 
     def setting(self, key: str) -> str:
         """The value of a setting as text; NotFound names the nearest key."""
@@ -5090,12 +5086,11 @@ class Queue:
             if name == "shell" and not (os.path.isfile(value)
                                         and os.access(value, os.X_OK)):
                 raise Invalid(f"{value} cannot be executed", "give another shell")
-        with self.store.transaction() as store:
+        with self._writing(NEW_ORDERS) as store:
             store.do(Sql.UNSET if value is None else Sql.SET,
                      {"key": name, "value": value})
             if name == "priority-ageing":
                 store.rerank()
-        self.wake(NEW_ORDERS)
 
     def stop_workers(self, *names: str, now: bool = False) -> list[Worker]:
         """Request workers (default: all) to finish their jobs and exit, or with `now`
@@ -5109,12 +5104,11 @@ class Queue:
                     nearest(name, living) or "`queuectl worker list` shows them")
         asked = [living[name] for name in names or living]
         if asked:
-            with self.store.transaction() as store:
+            with self._writing(NEW_ORDERS) as store:
                 # By id, so not a later worker of the same name.
                 store.write(Sql.STOP_WORKER, [
                     {"id": worker.id, "stop_requested": NOW if now else DRAIN}
                     for worker in asked])
-            self.wake(NEW_ORDERS)
         return asked
 
     def wake(self, message: bytes) -> bool:
@@ -5368,13 +5362,13 @@ class Claims:
         """Add the jobs of due schedules, and correct all next runs in the first tick
         and after the clock was set back; returns messages for the log.
         """
-        store, notes, late = self._store, list[str](), iso(now)
+        store, notes, at = self._store, list[str](), iso(now)
         is_back = now < self._last_tick - CLOCK_NOISE
         for schedule in store.schedules():
-            if schedule.paused or not (is_back or schedule.next_run <= late):
+            if schedule.paused or not (is_back or schedule.next_run <= at):
                 continue
             try:
-                note = (store.fire if schedule.next_run <= late
+                note = (store.fire if schedule.next_run <= at
                         else store.correct_next_run)(schedule, now)
                 notes += [f"schedule {schedule.name}: {note}"] * bool(note)
             except Invalid as error:    # other work continues
