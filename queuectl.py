@@ -11416,9 +11416,7 @@ class Screen:
             self._write("")
 
     def show(self, text: str) -> None:
-        """Redraw the progress line, ten times a second at most, and only on a terminal
-        in whose foreground this process is.
-        """
+        """Redraw the progress line, ten times a second at most, in the foreground."""
         now = time.monotonic()
         if not self.draws or now < self._drawn_at + 0.1 or not is_foreground():
             return
@@ -11719,9 +11717,7 @@ READER_TICK = 0.1      # seconds between two looks whether stdout is still read
 
 
 def _print_json(value: Any, screen: Screen) -> None:
-    """Print an object, indented for people; any other iterable as an array, a line per
-    element, so that any number needs little memory.
-    """
+    """An object, indented for people; else an array, an element at a time, per line."""
     if isinstance(value, dict):
         screen.out(dumps(value, 2 if sys.stdout.isatty() else None))
         return
@@ -11760,8 +11756,8 @@ def _say_why(queue: Queue, screen: Screen, jobs: Iterable[Job],
 
 def _bar(screen: Screen, queue: Queue | None = None,
          waiting: Callable[[], Iterable[Job]] = list) -> Callable[[Progress], None]:
-    """A function that draws the progress. With a queue it also says once why the jobs
-    of `waiting` do not run, unless that passes by itself.
+    """A function that draws the progress and, with a queue, says once why the jobs of
+    `waiting` do not run.
     """
     pace, said = Pace(), set[str]()
 
@@ -11793,8 +11789,8 @@ def _await(queue: Queue, screen: Screen, job_ids: Sequence[str],
 
 def _report(args: argparse.Namespace, queue: Queue, screen: Screen, jobs: Iterable[Job],
             say: Callable[[Iterable[Job]], object]) -> int:
-    """Say what was done to jobs; with --wait wait for them. With --json, stdout is one
-    JSON text, so then they are printed as they are when they are over.
+    """Say what was done to jobs. With --wait, wait for them; with --json, too, print
+    them only then: stdout is one JSON text.
     """
     if not vars(args).get("wait"):
         say(jobs)
@@ -11838,9 +11834,7 @@ def _note_no_worker(queue: Queue, screen: Screen, jobs: Sequence[Job] = ()) -> N
 
 
 def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
-    """Add the lines of stdin as they come, and print ids once they are committed.
-    SIGTERM acts as Ctrl+C: what was read is added first.
-    """
+    # SIGTERM acts as Ctrl+C: what was read is added first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     queue.store.db.patience = WORKER_PATIENCE    # it tries again itself, and says so
     reader = lines_of(args)
@@ -11855,8 +11849,8 @@ def _enqueue_stream(args: argparse.Namespace, queue: Queue, screen: Screen) -> i
 
 
 def _add(queue: Queue, given: Sequence[Given], screen: Screen) -> tuple[list[Job], int]:
-    """Add a batch; its jobs, and how many are new. All is checked before the
-    transaction begins, so the write lock is not held long.
+    """Add a batch; its jobs, and how many are new. All are checked before the
+    transaction, which holds the write lock.
     """
     specs, ignored = list[Job](), set[str]()
     for _, job in checked_jobs(given, queue.clock(), ignored):
@@ -11892,8 +11886,8 @@ def cmd_enqueue(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 @contextlib.contextmanager
 def opened(args: argparse.Namespace, screen: Screen) -> Iterator[Queue]:
-    """The queue of a command, created if that may create one; before that its jobs are
-    read (preset: `read`), so that an invalid command line creates none.
+    """The queue of a command. Its jobs are read first (preset: `read`), so that an
+    invalid command line creates no queue.
     """
     args.given = args.read(args) if "read" in args else None
     with Queue(args.path, create=args.entry.opens == CREATES) as queue:
@@ -11961,9 +11955,7 @@ def _await_news(queue: Queue, screen: Screen, seen: int, seconds: float) -> None
 
 
 def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    """Print the status; with --watch again and again: in place on a terminal, else when
-    something has changed, other than ages.
-    """
+    """With --watch, redraw it in place on a terminal, else print it when it changes."""
     in_place = is_drawable(sys.stdout) and not args.json
     known, picture = None, ""
     try:
@@ -11998,8 +11990,7 @@ def cmd_status(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
 
 
 def _filters(args: argparse.Namespace) -> dict[str, Any]:
-    """What flags say of the jobs to choose, but for their states. The --queue of `edit`
-    is a field to change: it chooses by --in-queue.
+    """The filters given as flags. The --queue of `edit` is a change: it has --in-queue.
     """
     given = vars(args)
     given = {**given, "queue": given.get("in_queue", given.get("queue"))}
@@ -12022,7 +12013,6 @@ def _output_of(queue: Queue, job: Job) -> bytes:
 
 
 def cmd_list(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    """Print jobs; for `dlq list` each with its error below."""
     filters, style, states = _filters(args), screen.style(), tuple(args.state or ())
     if args.json:   # by the page, or all in memory, if they are to be sorted
         limit, is_sorted = args.limit or 0, len(states) > 1 or args.sort != "newest"
@@ -12115,9 +12105,7 @@ def followed(queue: Queue, job_id: str, only: int | None = None,
 
 
 def _follow(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    """Print what jobs print as it comes, until they (or that run) are over; of several
-    jobs whole lines.
-    """
+    """Print output as it arrives until the jobs are over; of several, whole lines."""
     ids, caller = list(dict.fromkeys(args.ids)), queue.caller()
     if caller and caller.id in ids:
         raise Refused("blocked",
@@ -12204,9 +12192,7 @@ USUAL_STATES = {**STATES_FOR, "retry": (FAILED, DEAD, CANCELLED), "delete": OVER
 
 def _choice(verb: str, args: argparse.Namespace
             ) -> tuple[Sequence[str], dict[str, Any]] | None:
-    """The states and filters that choose the jobs, or None if ids do; Usage if both do,
-    or neither, or if the verb does not apply to a state.
-    """
+    """The states and filters that choose the jobs, or None if ids do; Usage."""
     filters, is_preset = _filters(args), "state" in args.entry.preset
     is_wide = bool(args.all or filters or (args.state and not is_preset))
     if bool(args.ids) == is_wide:
@@ -12275,16 +12261,14 @@ def _say_jobs(jobs: Iterable[Job], said: str, args: argparse.Namespace,
 
 
 def _amounts(queue: Queue, states: Sequence[str], filters: Mapping[str, Any]) -> str:
-    """How many jobs fit, by state: `12 completed, 3 dead`; "" if none does."""
+    """How many jobs fit: `12 completed, 3 dead`; "" if none does."""
     counted = [(queue.count(state, **filters), state) for state in states]
     return ", ".join(f"{n:,} {state}" for n, state in counted if n)
 
 
 def _wide(verb: str, args: argparse.Namespace, queue: Queue, screen: Screen,
           choice: tuple[Sequence[str], Mapping[str, Any]]) -> Iterator[Job]:
-    """Change all that fit, in small transactions; an interrupt keeps what is done. Ask
-    before jobs are removed; without a terminal on stdin require --yes.
-    """
+    """Change all that fit, in small transactions; an interrupt keeps what is done."""
     states, filters = choice
     if not vars(args).get("yes", True):
         if not (sys.stdin and sys.stdin.isatty()):
@@ -12327,7 +12311,6 @@ def cmd_change(args: argparse.Namespace, queue: Queue, screen: Screen) -> int:
 
 
 def cmd_purge(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    """Delete all jobs that fit, and say how many."""
     choice = states, filters = _choice("delete", args) or ((), {})
     if args.dry_run:
         amounts = _amounts(queue, states, filters)
@@ -12402,7 +12385,6 @@ def cmd_queue_set(args: argparse.Namespace, queue: Queue, screen: Screen) -> Non
 
 
 def _scheduled(args: argparse.Namespace) -> dict[str, Any]:
-    """The job of a schedule; of `schedule edit` perhaps only flags."""
     if args.entry.words[1] == "edit" and not args.words and not args.job:
         return flag_fields(args)
     if bool(args.words) == bool(args.job):
@@ -12416,7 +12398,6 @@ def _scheduled(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cmd_schedule_add(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    """Add or edit a schedule."""
     timing = args.cron, args.tz, args.catch_up
     if args.entry.words[1] == "add":
         schedule = queue.add_schedule(args.name, args.cron, args.tz,
@@ -12449,7 +12430,6 @@ def cmd_schedule_show(args: argparse.Namespace, queue: Queue, screen: Screen) ->
 
 
 def cmd_schedule_change(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
-    """Remove, pause or resume a schedule."""
     verb = args.entry.words[1]
     schedule = getattr(queue, f"{verb}_schedule")(args.name)
     said = {"remove": "removed; its jobs stay", "pause": "paused"}.get(verb)
@@ -12575,7 +12555,6 @@ def cmd_install(args: argparse.Namespace, _: object, screen: Screen) -> None:
 
 
 def cmd_mcp(args: argparse.Namespace, _: object, screen: Screen) -> None:
-    """Serve an agent until stdin ends, or a signal."""
     if args.worker and args.read_only:
         raise Usage("--worker and --read-only do not go together", "give one")
     out = Screen()      # unlike `screen` it stops when nobody reads
@@ -12614,7 +12593,6 @@ class Option(NamedTuple):
 
     @property
     def dest(self) -> str:
-        """The name of its value, as argparse makes it."""
         name: str = self.settings.get("dest", self.names[0].lstrip("-"))
         return name.replace("-", "_")
 
@@ -13199,8 +13177,7 @@ def parser_of(entry: Entry, strict: bool = True) -> Parser:
 
 
 def _overview(entries: Sequence[Entry]) -> Entry:
-    """Return an entry for a group of commands, or for all, that only prints its help.
-    """
+    """Return an entry whose help lists a group of commands, or all."""
     words = () if entries is COMMANDS else entries[0].words[:1]
     name = " ".join(("queuectl help", *words))
     headings = {" ".join(entries[0].words): "commands"} if words else HEADINGS
@@ -13261,7 +13238,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def unquoted(word: str) -> str:
-    """Remove the shell's quotes and backslashes from a word."""
     if not any(char in word for char in "\\'\""):
         return word
     import shlex  # 1 ms
@@ -13320,15 +13296,10 @@ def _values(entry: Entry, one: Option, word: str,
 
 
 def _command_choices(entries: Sequence[Entry]) -> list[tuple[str, str]]:
-    """Return the next words of these commands; a group is described by its members."""
     if entries is not COMMANDS:
         return [(entry.words[1], entry.help) for entry in entries]
-    groups: dict[str, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(entry.words[0], []).append(entry)
-    return [(name, group[0].help if len(group) == 1 else
-             ", ".join(entry.words[1] for entry in group))
-            for name, group in groups.items()] + [("help", "explain a command")]
+    return [*{entry.words[0]: TITLES.get(entry.words[0], entry.help)
+              for entry in entries}.items(), ("help", "explain a command")]
 
 
 def offers(words: Sequence[str]) -> list[str]:
@@ -13379,9 +13350,7 @@ def offers(words: Sequence[str]) -> list[str]:
 
 
 def _told(action: Callable[[], int], as_json: bool = False) -> int:
-    """Run an action and report its errors; return the exit status. Only a bug has a
-    traceback.
-    """
+    """Run an action and report its errors, but for bugs; return the exit status."""
     try:
         return action()
     except KeyboardInterrupt:
@@ -13554,8 +13523,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end = words.index("--") if "--" in words else len(words)
     # Errors of parsing also need to know whether --json was given.
     status = _complete(words[2:]) if words[:1] == [COMPLETE] else _told(
-        lambda: _run([*map(_as_utf8, words[:end]), *words[end:]]),
-        "--json" in words[:end])
+        lambda: _run(words), "--json" in words[:end])
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
