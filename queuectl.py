@@ -11398,22 +11398,19 @@ class Screen:
             raise BrokenPipeError
 
     def note(self, *lines: str) -> None:
-        width = self.room() if self._is_terminal else 0
         if not self._quiet:
-            self._write("".join(f"{part}\n" for line in lines
-                                for part in fold(line, width)))
+            self._write(*lines)
 
     def log(self, text: str) -> None:
         now = time.time()
         stamp = local_time(now, now if sys.stderr.isatty() else None)
         # The line may replace the progress line of another process (EL).
         end = "\033[K\n" if self._is_terminal else "\n"
-        lines = fold(f"{stamp} {text}", self.room() if self._is_terminal else 0)
-        self._write("".join(f"{line}{end}" for line in lines), self._drawn.rstrip("\r"))
+        self._write(f"{stamp} {text}", end=end, drawn=self._drawn.rstrip("\r"))
 
     def clear(self) -> None:
         if self._drawn:
-            self._write("")
+            self._write()
 
     def show(self, text: str) -> None:
         """Redraw the progress line, ten times a second at most, in the foreground."""
@@ -11424,7 +11421,7 @@ class Screen:
             if signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
                 signal.signal(signal.SIGTSTP, self._suspend)
         self._drawn_at = now
-        self._write("", text)
+        self._write(drawn=text)
 
     @staticmethod
     def room() -> int:
@@ -11443,11 +11440,13 @@ class Screen:
             os.write(2, b"\r\033[J")
         os.kill(os.getpid(), signal.SIGSTOP)
 
-    def _write(self, text: str, drawn: str = "") -> None:
+    def _write(self, *lines: str, end: str = "\n", drawn: str = "") -> None:
         """In one write, erase the progress line (ECMA-48, ED: it may be several lines
-        since the window was narrowed), print and redraw it. The cursor stays before it,
-        so that other processes print over it. Errors are ignored.
+        since the window was narrowed), print lines and redraw it. The cursor stays
+        before it, so that other processes print over it. Errors are ignored.
         """
+        width = self.room() if self._is_terminal else 0
+        text = "".join(f"{part}{end}" for line in lines for part in fold(line, width))
         erase = "\r\033[J" if self._drawn else ""
         self._drawn = drawn and cut(drawn, self.room()) + "\r"
         with contextlib.suppress(OSError, ValueError):
@@ -11462,11 +11461,11 @@ class Screen:
 
 
 def print_error(error: QueueError, as_json: bool) -> int:
-    with contextlib.suppress(OSError, ValueError):
-        width = Screen.room() if is_drawable(sys.stderr) else 0
-        lines = [dumps(error_object(error), None)] if as_json \
-            else fold(f"queuectl: error: {one_line(str(error))}", width)
-        sys.stderr.write("".join(f"{line}\n" for line in lines))
+    if as_json:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(dumps(error_object(error)) + "\n")
+    else:
+        Screen().note(f"queuectl: error: {one_line(str(error))}")
     return error.exit_status
 
 
@@ -12180,8 +12179,6 @@ def cmd_logs(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
 
 
 NOT_IDS, WHICH = "instead of ids", "which jobs"     # groups of flags that choose jobs
-
-
 # What was done to jobs.
 DONE_TO = {"retry": "pending again", "cancel": "cancelled", "delete": "deleted",
            "edit": "edited", "wait": "waited for", "hold": "held",
@@ -12684,8 +12681,6 @@ _WORKER_FLAGS = (   # flags of `worker start` that a service may have as well
               option("--backoff-base DUR", "wait after the first failure")),
     option("--grace DUR", "after a request to stop, requeue jobs that run longer",
            "when it exits"))
-
-
 _OWN_UNIT = option("--user", "a unit of your own, not of the system")
 _WEB_FLAGS = (
     option("--host HOST", "where to listen (default: 127.0.0.1, this machine only)",
@@ -12699,7 +12694,7 @@ _WEB_FLAGS = (
 
 
 def _again(flag: Option, value: Any) -> list[str]:
-    """Return the words of a flag with that value, for another directory."""
+    # The words of a flag, if it is not the default; for another directory.
     if value in (None, flag.settings.get("default")) or value is False:
         return []
     if flag.settings.get("metavar") == "F":
@@ -12710,24 +12705,23 @@ def _again(flag: Option, value: Any) -> list[str]:
 
 
 def cmd_systemd(args: argparse.Namespace, _: object, screen: Screen) -> None:
-    """Print a unit file for this queue, which need not exist yet, that runs a command
-    (preset: `words` and `flags`).
-    """
-    again: list[str] = []       # the flags once more, from parsed values; no defaults
+    """Print a unit file for this queue, which need not exist yet."""
+    is_web = args.entry.words[1] == "web"
+    starts = ["web"] if is_web else ["worker", "start"]     # and the flags once more
     try:
-        for flag in args.flags:
+        for flag in args.entry.options:
             value = getattr(args, flag.dest)
             for one in value if isinstance(value, list) else [value]:
-                again += _again(flag, one)
+                starts += _again(flag, one) if flag is not _OWN_UNIT else ()
         path = as_utf8(os.path.abspath(system_path(args.path)))
-        command = (*start_words(), "--db", path, *args.starts, *again)
+        command = (*start_words(), "--db", path, *starts)
     except FileNotFoundError:
         raise Unavailable("unwritable", "the current directory is gone",
                           "change to another, or give an absolute --db") from None
     except UnicodeError:
         raise Refused("unsupported", "a path is not UTF-8, and systemd takes no other",
                       "rename its directories") from None
-    screen.out(unit_file(command, path, args.user, args.starts == ("web",),
+    screen.out(unit_file(command, path, args.user, is_web,
                          getattr(args, "grace", None)).rstrip("\n"))
 
 
@@ -12939,11 +12933,10 @@ COMMANDS = (    # in the order of the help
     _entry("systemd worker", cmd_systemd, "print a systemd unit that runs a worker",
            NEITHER, *_WORKER_FLAGS, _OWN_UNIT,
            eg="systemd --count 4 --grace 5m\n--db /srv/jobs.db systemd --user",
-           also="service, unit", starts=("worker", "start"), flags=_WORKER_FLAGS),
+           also="service, unit"),
     _entry("systemd web", cmd_systemd, "print a systemd unit that runs the dashboard",
            NEITHER, *_WEB_FLAGS, _OWN_UNIT,
-           eg="systemd web --port 9000\nsystemd web --user --read-only",
-           starts=("web",), flags=_WEB_FLAGS),
+           eg="systemd web --port 9000\nsystemd web --user --read-only"),
     _entry("install", cmd_install, "install this program, without pip or network",
            NEITHER, option("--to DIR", "where lib/queuectl and bin/queuectl go "
                            "(default: ~/.local; as root /usr/local)", type=parse_path),
