@@ -6297,15 +6297,15 @@ def show_lines(job: Job, runs: Sequence[Run], reasons: Sequence[str],
         f"{name:<13}{text}", 0 if name == "command" else style.width)]
     if not runs:
         return lines
-    table = grid([{
+    head, *table = grid([{
         "RUN": str(run.number), "OUTCOME": run.outcome or "running",
         "EXIT": "-" if run.exit_code is None else str(run.exit_code),
         "TOOK": "-" if run.duration is None else span(run.duration),
         "STARTED": local_time(epoch(run.started_at), style.now),
-        "WORKER": "  ".join(filter(None, (run.worker, run.gpus and f"gpus {run.gpus}",
-                                          one_line(run.error or ""))))}
-        for run in runs], style._replace(width=0))      # errors are not cut
-    return [*lines, "", *(part for line in table for part in fold(line, style.width))]
+        "WORKER": run.worker + (f"  gpus {run.gpus}" if run.gpus else "")}
+        for run in runs], style)
+    return [*lines, "", head, *(part for run, line in zip(runs, table) for part in [
+        line, *fold(f"     {one_line(run.error or '')}", style.width)] if part.strip())]
 
 
 def stats_lines(stats: Mapping[str, Summary], seconds: float,
