@@ -2130,9 +2130,14 @@ class Sql:
                 clauses.append("waits IS NULL AND claim IS NULL")
         return "FROM jobs" + " WHERE " * bool(clauses) + " AND ".join(clauses)
 
-    # From one rank to the next by the index, a thousand at most: with ageing almost
-    # every job has its own rank.
-    OLDEST_READY = """
+    # The oldest ready job. From one rank to the next by the index, a thousand at most:
+    # with ageing almost every job has its own rank.
+    _OLDEST = """
+        SELECT MIN((SELECT MIN(run_at) FROM jobs
+                     WHERE waits = 'ready' AND queue = :queue
+                       AND jobs.rank = ranks.rank))
+          FROM """
+    OLDEST_READY = f"""
         WITH RECURSIVE ranks (rank, n) AS (
             SELECT MIN(rank), 1 FROM jobs
              WHERE waits = 'ready' AND queue = :queue
@@ -2141,22 +2146,15 @@ class Sql:
                      WHERE waits = 'ready' AND queue = :queue
                        AND jobs.rank > ranks.rank), n + 1
               FROM ranks
-             WHERE rank IS NOT NULL AND n < 1000)
-        SELECT MIN((SELECT MIN(run_at) FROM jobs
-                     WHERE waits = 'ready' AND queue = :queue
-                       AND jobs.rank = ranks.rank))
-          FROM ranks"""
-    # The same of the first and the last rank only: enough to see that a job waits long,
-    # and quick with any number of ranks.
-    OLDEST_ENDS = """
-        SELECT MIN((SELECT MIN(run_at) FROM jobs
-                     WHERE waits = 'ready' AND queue = :queue
-                       AND jobs.rank = ranks.rank))
-          FROM (SELECT MIN(rank) AS rank FROM jobs
-                 WHERE waits = 'ready' AND queue = :queue
-                 UNION ALL
-                SELECT MAX(rank) FROM jobs
-                 WHERE waits = 'ready' AND queue = :queue) AS ranks"""
+             WHERE rank IS NOT NULL AND n < 1000) {_OLDEST} ranks"""
+    # Of the first and the last rank only: enough to see that a job waits long, and
+    # quick with any number of ranks.
+    OLDEST_ENDS = _OLDEST + """(
+            SELECT MIN(rank) AS rank FROM jobs
+             WHERE waits = 'ready' AND queue = :queue
+             UNION ALL
+            SELECT MAX(rank) FROM jobs
+             WHERE waits = 'ready' AND queue = :queue) AS ranks"""
     # Due but still scheduled: many only if no worker has run for long.
     OLDEST_DUE = """
         SELECT queue, MIN(run_at)
@@ -3541,11 +3539,6 @@ def waits_of(job: Job, now: float) -> str:
     return SCHEDULED if job.run_at > iso(now) else READY
 
 
-def is_due(job: Job, now: float) -> bool:
-    """Return True if a waiting job waits only for a slot."""
-    return job.waits == READY or (job.waits == SCHEDULED and job.run_at <= iso(now))
-
-
 def as_waiting(job: Job) -> Job:
     """A job claimed ahead, as people see it: it waits for a slot."""
     return job._replace(state=PENDING, waits=READY, claim=None, worker=None,
@@ -4346,8 +4339,9 @@ class Queue:
             left = len(jobs) - len(over)
             running = sum(job.state == PROCESSING and job.seq not in ahead
                           for job in found.values())
-            later = sum(job.waits is not None and not is_due(job, self.clock())
-                        for job in found.values())
+            now = iso(self.clock())
+            later = sum(job.waits in (BLOCKED, HELD) or (
+                job.waits == SCHEDULED and job.run_at > now) for job in found.values())
             completed = sum(job.state == COMPLETED for job in over.values())
             tell(Progress(left - running, running, completed, len(over) - completed,
                           later))
@@ -5169,7 +5163,8 @@ class Claims:
         try:
             self.worker = self._enter(port, pid or os.getpid())
         except BaseException:
-            self._release_lock()
+            if self.lock >= 0:
+                os.close(self.lock)
             raise
 
     def _enter(self, port: int | None, pid: int) -> Worker:
@@ -5201,10 +5196,6 @@ class Claims:
             store.do(Sql.INSERT_WORKER, row_of(worker))
         return worker
 
-    def _release_lock(self) -> None:
-        if self.lock >= 0:
-            os.close(self.lock)
-
     def leave_if_drained(self) -> bool:
         """Delete the worker's row if no work is left, so that nobody who adds a job
         later sees a worker.
@@ -5219,7 +5210,8 @@ class Claims:
             with self._store.transaction() as store:
                 store.do(Sql.DELETE_WORKER, {"id": self.worker.id})
         finally:
-            self._release_lock()
+            if self.lock >= 0:
+                os.close(self.lock)
 
     def is_work_ready(self, free: Sequence[int]) -> bool:
         """Return True if a tick may find work for these slots; reads only.
