@@ -6033,8 +6033,9 @@ def grid(rows: Sequence[Mapping[str, str]], style: Style,
         for head in spare:
             if room() < 0 and head not in (first, last):
                 least.pop(head, None)
-        for size in (10, 8, 5):
-            for head in (last, first, *least):
+        for size, heads in ((10, (last, first)), (8, (last, first)), (10, least),
+                            (8, least), (5, (last, first, *least))):
+            for head in heads:
                 least[head] -= max(0, min(-room(), least[head] - size))
         for head in (first, last):
             least[head] += max(0, min(room(), widths[head] - least[head]))

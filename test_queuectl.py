@@ -3912,6 +3912,9 @@ class Views(Case):
                 self.assertLessEqual(max(map(len, shown)), width or 99)
                 self.assertEqual([line.index("  ") > 0 for line in shown], [True] * 3)
                 self.assertEqual(shown[1].index("5m ago"), shown[2].index("now"))
+        self.assertEqual(queuectl.grid(
+            [{"ID": "job-58", "WHEN": "16m 58s ago", "COMMAND": "backup.sh /srv"}],
+            queuectl.Style(False, 29, NOON))[1], "job-58  16m 58s ago  backup.…")
 
     def test_a_long_line_is_broken_at_spaces_below_its_text(self):
         line = "warning   \x1b[33mone two\x1b[0m three four five"
