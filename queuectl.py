@@ -3195,8 +3195,9 @@ class Locks:
         os.close(fd)
         return -1
 
-    def is_held(self, offset: int) -> bool:
-        """Return True if a process, this one included, holds the lock, or may hold it.
+    def is_held(self, offset: int) -> bool | None:
+        """Return True if a process, this one included, holds the lock, or may hold it;
+        None if this user may not read the file.
         """
         if self._works is False:
             return False
@@ -3207,6 +3208,8 @@ class Locks:
                 self._probe, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, offset) != fcntl.F_UNLCK
         except FileNotFoundError:
             return False        # no lock was ever held
+        except PermissionError:
+            return None
         except OSError:
             return True
 
@@ -3323,7 +3326,8 @@ class Host:
 
     def is_alive(self, worker: Worker) -> bool | None:
         """Return True if the worker's process exists, None if unknown, as on another
-        machine. Its lock file may have been deleted; its pid may be of a container.
+        machine. Its lock file may have been deleted, or be of another user; its pid may
+        be of a container.
         """
         if worker.boot and self.boot and worker.boot != self.boot:
             # With this machine's name: it has been rebooted since.
@@ -3331,10 +3335,11 @@ class Host:
         if worker.boot != self.boot or (not self.boot and worker.host != self.name):
             # One of the two has no /proc: only the lock may prove it.
             return self.locks.is_held(WORKER_LOCKS + worker.id) or None
-        if self.locks.is_held(WORKER_LOCKS + worker.id):
+        is_held = self.locks.is_held(WORKER_LOCKS + worker.id)
+        if is_held:
             return True
         try:
-            return is_same_birth(self.born(worker.pid), worker.born)
+            return is_same_birth(self.born(worker.pid), worker.born) or is_held
         except OSError:     # out of descriptors
             return None
 
@@ -6755,7 +6760,7 @@ class Tree:
             pid for pid, (_, group, session, start) in table.items()
             if self._known.get(pid) == start or orphans.get(pid) == self.claim
             or (head and head in (pid, group, session))])
-        if not self.left and locks and locks.is_held(self.claim):
+        if not self.left and locks and locks.is_held(self.claim) is not False:
             self.left = set(locks.holders(self.claim)) or {0}
         refused = self.send(self.left - {0}, table)
         self.is_refused = bool(refused) and self.left <= refused
@@ -7749,7 +7754,7 @@ class Runner:
         refused = kill_all()
         self._leave(NOW, "error: this worker's supervisor was killed")
         for claim, command in list(self._commands.items()):
-            if refused and self._queue.host.locks.is_held(claim):
+            if refused and self._queue.host.locks.is_held(claim) is not False:
                 self._on_refused(command, refused[0])
             else:
                 self._finish(command)

@@ -1874,6 +1874,14 @@ class Hosts(Case):
         self.assertIsNone(self.queue.host.is_alive(blind))
         self.assertIs(self.queue.host.is_alive(blind._replace(boot="another")), False)
 
+    @NEEDS_LOCKS
+    def test_without_access_to_the_locks_only_a_living_process_is_known(self):
+        host, worker = queuectl.Host(self.path), self.claims.worker
+        with mock.patch.object(host.locks, "_open", side_effect=PermissionError):
+            each(self, host.is_alive, (
+                (worker, True), (worker._replace(born="1"), None),
+                (worker._replace(boot="", born=""), None)))
+
     def test_without_proc_and_ps_no_start_time_is_known(self):
         host = queuectl.Host(self.path)
         host.boot = ""
