@@ -5635,8 +5635,8 @@ class Inspection:
         self._queue, self._store = queue, queue.store
 
     def findings(self) -> list[Finding]:
-        looks = (self._file, self._schedules, self._lost_runs, self._workers,
-                 self._output_dir, self._ground)
+        looks = (self._file, self._schedules, self._clock, self._lost_runs,
+                 self._workers, self._output_dir, self._ground)
         found = [finding for look in looks for finding in look()]
         return sorted(found, key=lambda one: one.level != PROBLEM)
 
@@ -5666,6 +5666,14 @@ class Inspection:
                 yield Finding(PROBLEM, "schedule", f"the schedule {one.name} "
                               f"is invalid, so it does not run: {error.message}",
                               f"`queuectl schedule edit {one.name}` mends it")
+
+    def _clock(self) -> Iterator[Finding]:
+        ahead = iso(self._queue.clock() + CLOCK_NOISE)
+        found = self._store.jobs(Sql.DELAYED, ahead=ahead, limit=DUE_BATCH)
+        if found:
+            yield Finding(WARNING, "clock", f"the clock was set back: {len(found)} "
+                          f"jobs wait longer than their own delay: {found[0].id} ...",
+                          "a worker brings them forward; `queuectl worker start`")
 
     def _lost_runs(self) -> Iterator[Finding]:
         for run in Peers(self._queue).lost():

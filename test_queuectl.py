@@ -3549,6 +3549,8 @@ class Ticks(Case):
                    {"id": "retry", "backoff_base": 30, "priority": 9}])
         self.run_next(1)
         self.after(-365 * 86400)
+        [found] = [one for one in queuectl.Inspection(self.queue).findings() if one.code == "clock"]
+        self.assertIn("2 jobs wait longer than their own delay", found.message)
         self.assertTrue(self.claims.is_work_ready([1]))
         self.tick()
         self.assertEqual([queuectl.epoch(self.queue.job(name).run_at) - self.clock.now
