@@ -7972,7 +7972,7 @@ PAGE = r'''<!doctype html>
   --quiet: light-dark(#5a5d66, #a0a3ac); --accent: light-dark(#3157d5, #8eacff);
   --on-accent: light-dark(#fff, #0b1020); --tint: light-dark(#eef2fe, #1a2138);
   --warn: light-dark(#8a5800, #e3ab4d); --bad: light-dark(#c02f28, #ff837b);
-  --good: light-dark(#1f9460, #45b985);
+  --good: light-dark(#1f9460, #45b985); --fair: light-dark(#c47d0c, #dfa549);
   --bad-tint: light-dark(#fdf1f0, #2a1718); --warn-tint: light-dark(#fdf6e7, #2a2113);
   --mono: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   --small: .75rem; --text: .8125rem; --large: 1.125rem; --figure: 1.5rem;
@@ -8025,7 +8025,7 @@ input[type=checkbox] { min-height: 0; accent-color: var(--accent) }
 .pending, .cancelled { --hue: var(--quiet) }
 .processing, .run { --hue: var(--accent) }
 .completed { --hue: var(--good) } .dead { --hue: var(--bad) }
-.failed, .wait { --hue: var(--warn) }
+.failed, .wait { --hue: var(--fair) }
 .pending .mark { background: none; border: 1.5px solid currentColor }
 .cancelled .mark { border-radius: 0; height: 2px } .dead .mark { border-radius: 1px }
 .failed .mark { border-radius: 1px; transform: rotate(45deg) scale(.9) }
@@ -8081,7 +8081,7 @@ body.stale main > * { opacity: .6 }
 .plot svg { display: block; width: 100%; height: 100%; overflow: visible }
 .plot text { fill: var(--quiet); font-size: .6875rem }
 .plot .rule { stroke: var(--line) } .plot .cursor { stroke: var(--edge) }
-.plot rect { fill: currentColor } .plot .partial { opacity: .5 }
+.plot rect { fill: currentColor } .plot .partial, #times rect { opacity: .5 }
 .plot input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0;
   opacity: 0; cursor: crosshair; touch-action: pan-y }
 .plot:has(:focus-visible) { outline: 2px solid var(--accent); outline-offset: 2px }
@@ -8630,14 +8630,14 @@ const TICKS = [0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 36000, 360000];
 const figure = seconds => seconds === null ? "none" : span(seconds);
 const cursor = { rates: null, times: null };    // the minute that is read; null: none
 
-// `whole` is read when no minute is; a bar is [class, low, high, left, width].
+// `whole` is read when no minute is; a bar is [class, low, high].
 const CHARTS = {
   rates: {
     whole: data => Object.fromEntries(RATES.map(([name]) => [name, sum(data, name)])),
     figures: one => RATES.map(([name, hue]) => [hue, name, count(one[name])]),
     bars(one) {
       let top = 0;
-      return RATES.map(([name, hue]) => [hue, top, top += one[name], 0.05, 0.9])
+      return RATES.map(([name, hue]) => [hue, top, top += one[name]])
         .filter(([, low, high]) => high > low);
     },
     scale(most) {
@@ -8650,8 +8650,7 @@ const CHARTS = {
     whole: data => data.findLast(one => CHARTS.times.bars(one).length) || data.at(-1),
     figures: one => TIMES.map(([key, word]) => [key, word, [...new Set(
       ["p50", "p95"].map(part => figure(one[`${key}_${part}`])))].join(" / ")]),
-    bars: one => TIMES.map(([key], n) => [key, one[`${key}_p50`], one[`${key}_p95`],
-                                          0.05 + n * 0.45, 0.45])
+    bars: one => TIMES.map(([key]) => [key, one[`${key}_p50`], one[`${key}_p95`]])
       .filter(([, low]) => low !== null),
     scale(most, least) {
       const low = TICKS.findLast(t => t <= Math.min(least, 1)) || TICKS[0];
@@ -8679,10 +8678,10 @@ function showChart(id) {
       .filter(([time, at]) => /(00|15|30|45)$/.test(time) && at > 1 && at < 57)
       .map(([time, at]) => draw("text", { x: x(at), y: "100%", dy: 14,
                                           "text-anchor": "middle" }, time)),
-    ...shapes.flatMap((several, at) => several.map(([hue, low, high, left, width]) => {
+    ...shapes.flatMap((several, at) => several.map(([hue, low, high]) => {
       const top = Math.max(share(high), share(low) + 0.02);     // one is seen as well
-      return draw("rect", { class: hue + (at === 59 ? " partial" : ""), x: x(at + left),
-        y: y(top), width: x(width), height: `${100 * (top - share(low))}%` });
+      return draw("rect", { class: hue + (at === 59 ? " partial" : ""), x: x(at + 0.05),
+        y: y(top), width: x(0.9), height: `${100 * (top - share(low))}%` });
     })),
     values.length ? "" : draw("text", { x: "50%", y: "50%", "text-anchor": "middle" },
                               "nothing measured yet"),
