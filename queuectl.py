@@ -9916,15 +9916,14 @@ class Reader:
 
     def head(self, seconds: float) -> bytes:
         """Read up to the empty line; ConnectionError, Refused."""
-        def size() -> int:
-            end = re.search(rb"\r?\n\r?\n", self._buffer)
-            return end.end() if end else (MAX_HEAD + 1) * (len(self._buffer) > MAX_HEAD)
-
-        if not self._read_until(size, seconds):
+        form = re.compile(rb"\r?\n\r?\n")
+        if not self._read_until(lambda: form.search(self._buffer)
+                                or len(self._buffer) > MAX_HEAD, seconds):
             raise ConnectionError   # never act on half a head
-        if size() > MAX_HEAD:
+        end = form.search(self._buffer)
+        if end is None or end.end() > MAX_HEAD:
             raise denied(431, "the headers are too large")
-        return self._take(size())
+        return self._take(end.end())
 
     def read(self, size: int, seconds: float) -> bytes:
         """Read that many bytes, fewer at the end of the input; Refused."""
