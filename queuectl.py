@@ -4500,9 +4500,10 @@ class Queue:
         """
         workers = [one for one in self.workers() if not one.is_expired]
         names, stops, found = {one.name for one in workers}, self._stops(workers), {}
-        first = [one for one in self.store.jobs(    # it may wait for more slots
-            Sql.LINE, widest=max([0, *(one.slots for one in workers)]), limit=1)
-            if not stops(one.queue)]
+        most = max([0, *(one.slots for one in workers)])
+        # The first that may start may wait for more slots. Few rows: the line is long.
+        first = [one for one in self.store.jobs(Sql.LINE, widest=MAX_SLOTS, limit=20)
+                 if one.slots <= most and not stops(one.queue)][:1]
         for job in jobs:
             if job.state == PROCESSING and job.worker not in names:
                 found[job.id] = [_warning(
