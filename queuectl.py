@@ -774,7 +774,6 @@ class Tick(NamedTuple):
     is_expiring: bool               # there is more to delete
     is_overtaken: bool              # a ready job ranks before the spare claims
     settings: Settings
-    next_due: float | None          # epoch seconds; None: no job waits for its time
     notes: list[str]                # schedules that skipped a run or were paused
     removed: list[Worker]           # dead workers
     now: float                      # epoch seconds
@@ -3428,41 +3427,31 @@ class Notifier:
         # A leading @ stands for the NUL of an abstract socket.
         self._address = b"\0" + address[1:] if address[:1] == b"@" else address
         # Half of the time-out, as sd_watchdog_enabled(3) recommends.
-        self.interval = math.inf    # seconds between two watchdog messages
+        self.interval = self._watchdog_at = math.inf    # seconds; monotonic
         if usec.isdigit() and int(usec) and pid in (b"", b"%d" % service):
-            self.interval = int(usec) / 2e6
-        self._watchdog_at = math.inf    # monotonic; once it is ready
-        self._status, self._status_at, self._is_stopping = "", 0.0, False
+            self.interval, self._watchdog_at = int(usec) / 2e6, 0.0
+        self._status, self._is_stopping = "", False
 
     def ready(self) -> None:
         self._tell("READY=1", NOTIFY_PATIENCE)
-        if self.interval < math.inf:
-            self._watchdog_at = time.monotonic()
 
     def stopping(self) -> None:
         if not self._is_stopping:
             self._tell("STOPPING=1", NOTIFY_PATIENCE)
         self._is_stopping = True
 
-    @property
-    def next_at(self) -> float:
-        """When `step` is to be called next (monotonic)."""
-        return min(self._watchdog_at, time.monotonic() + FALLBACK_POLL) \
-            if self._address else math.inf
-
-    def step(self, status: Callable[[], str]) -> None:
-        """Send what is due: the watchdog message, and a new status each second. Not in
-        a thread, which would continue while the worker's loop hangs.
+    def step(self, status: str) -> float:
+        """Send what is due; return when to call it next (monotonic). Not in a thread,
+        which would continue while the worker's loop hangs.
         """
         now = time.monotonic()
         if now >= self._watchdog_at:
             self._tell("WATCHDOG=1")
             self._watchdog_at = now + self.interval
-        if self._address and now >= self._status_at + FALLBACK_POLL \
-                and (said := status()) != self._status:
-            self._status_at = now
-            if self._tell(f"STATUS={said}"):
-                self._status = said
+        if status != self._status and self._tell(f"STATUS={status}"):
+            self._status = status
+        return min(self._watchdog_at, now + FALLBACK_POLL) if self._address \
+            else math.inf
 
     def _tell(self, text: str, patience: float = 0.0) -> bool:
         """Send a message; return True if it was accepted in time."""
@@ -5310,7 +5299,7 @@ class Claims:
             and self._expire(now, settings)
         store.write_counters()
         return Tick(changes, claims, mine, stop, behind, is_expiring, is_overtaken,
-                    settings, self.next_due(), notes, removed, now)
+                    settings, notes, removed, now)
 
     @staticmethod
     def _as_now(claim: Claim, asked: str | None, unmet: int) -> Claim:
@@ -7112,13 +7101,10 @@ def supervise(work: Callable[[Link], int]) -> tuple[int, str]:
 
 
 # ---- 15 Worker ---------------------------------------------------------------
-# `worker start`: runs the commands of claims and records their ends. One loop waits for
-# events, and an Agenda lists what is due. The sections above contain SQL and policy:
-# what to claim or retry, which runs are lost. Nothing blocks the loop: COMMIT, with its
-# fsync, runs in another thread, during which the connection is not used. (Whole
+# `worker start`: one loop runs the commands of claims. Nothing blocks it: COMMIT, with
+# its fsync, runs in another thread, during which the connection is not used. (Whole
 # transactions in that thread are no faster: each statement switches the GIL.)
 
-UNNOTIFIED_POLL = 0.1  # seconds between two polls where no notification can arrive
 PROGRESS_PAUSE = 0.5   # seconds between two progress lines at least
 EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
 NOTICES_AT_ONCE = 64   # notifications read at once
@@ -7256,9 +7242,9 @@ def gpu_names(text: str) -> tuple[str, ...]:
 
 
 class Callbacks(NamedTuple):
-    """What a worker calls; None: nobody wants to know."""
-    log: Callable[[str], None] | None = None
-    ready: Callable[[str], None] | None = None      # with its name, once it has a row
+    """What a worker calls."""
+    log: Callable[[str], None]
+    ready: Callable[[str], None]        # with its name, once it has a row
     progress: Callable[[Progress], None] | None = None      # while it drains
 
 
@@ -7267,16 +7253,15 @@ class Runner:
 
     A claim passes through `_do_tick`, `_do_committed` and `_start`; its command exits,
     or the supervisor kills it (`_kill`, KILLED); then follows `_finish`, and the next
-    tick records the end. `notices` receives notifications.
+    tick records the end.
     """
 
     def __init__(self, queue: Queue, claims: Claims, options: WorkerOptions, link: Link,
                  notices: socket.socket, calls: Callbacks) -> None:
         self._queue, self._claims, self._options = queue, claims, options
         self._link, self._notices, self._calls = link, notices, calls
-        self._log = calls.log or (lambda line: None)
+        self._log = calls.log
         self._first_progress: Progress | None = None
-        self._poll = FALLBACK_POLL if claims.worker.port else UNNOTIFIED_POLL
         self._settings = options.adapt(queue.store.settings())
         self._notifier = Notifier(os.environb, claims.worker.pid)
         self._environ = {**os.environb, b"QUEUECTL_DB": os.fsencode(queue.path)}
@@ -7309,7 +7294,7 @@ class Runner:
         self._is_heartbeat = False              # of the next tick
         self._commit: tuple[Tick, Report, futures.Future[None]] | None = None
         self._leaving: str | None = None                # wanted: None, DRAIN or NOW
-        self._gives_up = False                          # exits without recording
+        self._gives_up = self._is_drained = False       # exits without recording
         self._peek_until = self._peek_at = 0.0  # monotonic: clients wait for output
         self._retry_at = 0.0    # monotonic: no tick before, after a failed one
         self._claim_at = 0.0    # monotonic: no claim before, after a shortage
@@ -7318,12 +7303,9 @@ class Runner:
         self._pace = math.inf                   # seconds: recent mean of runs
         self.totals = collections.Counter[str]()    # ended runs by the job's state
 
-    # The loop.
-
     def run(self, executor: futures.Executor) -> int:
-        """Run until asked to stop; return the exit status. Gone without a database.
-
-        After an error nothing is recorded: another worker finds the runs lost.
+        """Run until asked to stop; return the exit status. After an error nothing is
+        recorded: another worker finds the runs lost.
         """
         self._executor = executor
         self._notifier.ready()
@@ -7382,17 +7364,7 @@ class Runner:
                for command in self._commands.values()) \
                 or self._ended or self._commit or self._spares:
             return False
-        if self._leaving or not self._quota:
-            return True
-        now = time.monotonic()
-        if not self._options.drain or any(self._agenda.is_wanted(name, now)
-                                          for name in ("peers", "look", "tick")):
-            return False
-        try:
-            return self._claims.is_drained() and self._claims.leave_if_drained()
-        except Unavailable as error:
-            self._complain(error)
-            return False
+        return bool(self._leaving or self._is_drained or not self._quota)
 
     def _usable(self) -> list[int]:
         """The free slots, unless no more jobs are to be claimed."""
@@ -7417,22 +7389,27 @@ class Runner:
                     os.waitpid(pid, os.WNOHANG)
 
     def _do_notify(self) -> None:
-        self._notifier.step(self._status_line)
-        self._agenda.want("notify", self._notifier.next_at)
-
-    # The tick.
+        running, slots = len(self._commands), self._options.slots
+        status = f"finishing {counted(running, 'running job')}" if self._leaving else \
+            f"{slots - len(self._free)} of {counted(slots, 'slot')} busy"
+        self._agenda.want("notify", self._notifier.step(status + self.total()))
 
     def _do_look(self) -> None:
         """Look for work without a commit, which would make all other workers look:
         when the next job is due, or after the polling interval, as notifications get
         lost and clocks are set.
         """
+        now = time.monotonic()
         if self._claims.is_work_ready(self._free):
             self._agenda.want("tick")
             return
+        if self._options.drain and not (
+                self._commands or self._ended or self._agenda.is_wanted("tick", now)):
+            self._is_drained = self._claims.is_drained() \
+                and self._claims.leave_if_drained()
         due = self._claims.next_due()
         wait = math.inf if due is None else due - self._queue.clock()
-        self._agenda.want("look", time.monotonic() + min(wait, self._poll))
+        self._agenda.want("look", now + min(wait, FALLBACK_POLL))
 
     def _do_heartbeat(self) -> None:
         self._is_heartbeat = True
@@ -7487,7 +7464,11 @@ class Runner:
         self._dead = [worker for worker in self._dead if worker not in tick.removed]
         self._complaint, self._failing_since, self._settings = "", None, tick.settings
         for change in tick.changes:
-            self._tell(change)
+            outcome = change.outcome or Outcome(RELEASED)
+            if outcome.duration is not None:    # None: not started, or another worker's
+                self.totals[change.after.state] += 1
+            if outcome.duration is not None or outcome.kind == LOST:
+                self._log(change_line(change, tick.now))
         for note in tick.notes:
             self._log(note)
         for worker in tick.removed:
@@ -7496,7 +7477,7 @@ class Runner:
                           f"no heartbeat for {span(lease_of(tick.settings))}")
         self._start_all(tick.claims)
         if tick.is_overtaken:
-            self._return_spares()
+            self._do_spares()
         self._obey(tick.stop, tick.mine)
         for run in report.seized:
             self._lost[run.claim] = run, KILL
@@ -7540,8 +7521,6 @@ class Runner:
             self._complaint = error.message
             self._log(f"cannot write to the queue, retrying: {error.message}")
 
-    # Commands.
-
     def _start_all(self, claims: Sequence[Claim]) -> None:
         self._quota -= len(claims)
         for claim in claims:
@@ -7561,13 +7540,10 @@ class Runner:
             self._start(self._claims.begin(self._spares.pop(0), self._free.pop(0)))
 
     def _do_spares(self) -> None:
-        if self._spares:
-            self._pace = math.inf
-        self._return_spares()
-
-    def _return_spares(self) -> None:
+        """Release the spares; no more are claimed before the next run's end."""
         while self._spares:
             self._release(self._spares.pop(0))
+            self._pace = math.inf
 
     def _release(self, claim: Claim) -> None:
         claim.release()
@@ -7575,18 +7551,15 @@ class Runner:
         self._keep(claim.number, Outcome(RELEASED))
 
     def _start(self, claim: Claim) -> None:
-        """Start a claimed job's command in its slot.
-
-        The lock, held since before the claim's commit (I5), passes to the process tree.
-        The worker always closes it, or the run would look alive after its end.
+        """Start a claimed job's command in its slot. The lock, held since before the
+        claim's commit (I5), passes to the process tree.
         """
         job = claim.job
         timeout = self._settings.timeout if job.timeout is None else job.timeout
         folder = self._settings.output_dir
         command = Command(claim, timeout or None, self._settings.output_limit,
                           self._archive.add(folder, job) if folder else None)
-        if self._calls.log:
-            self._log(f"{job.id} started: {cut(one_line(job.command), 100)}")
+        self._log(f"{job.id} started: {cut(one_line(job.command), 100)}")
         shell = self._settings.shell
         is_local = all(map(self._directories.is_local, (job.cwd, shell)))
         try:
@@ -7663,10 +7636,8 @@ class Runner:
             self._poller.add(command.pipe, functools.partial(self._read, command))
 
     def _look_at(self, command: Command) -> None:
-        """Finish a command's run if it has exited.
-
-        If a signal killed it, its background processes were not left on purpose: they
-        are killed first, or would overlap with a retry.
+        """Finish a command's run if it has exited. If a signal killed it, its
+        background processes are killed first, or would overlap with a retry.
         """
         if command.claim.number not in self._commands or command.is_being_killed:
             return
@@ -7710,17 +7681,13 @@ class Runner:
             else command.ends_at for command in self._commands.values()),
             default=math.inf))
 
-    # The supervisor.
-
     def _kill(self, command: Command, why: str | None) -> None:
-        """Have the supervisor kill the tree; `why`, if any, becomes the outcome.
-
-        Sent once, since a second KILL would restart the grace. The command stays
-        unreaped until KILLED arrives.
+        """Have the supervisor kill the tree; `why`, if any, becomes the outcome. Until
+        KILLED arrives, the command is not reaped.
         """
         command.why = command.why or why        # keep the first reason
         command.ends_at = math.inf
-        if not command.is_being_killed:
+        if not command.is_being_killed:     # a second KILL would restart the grace
             command.is_being_killed = True
             self._poller.drop(command.watch)
             self._link.send(KILL, command.claim.number, command.pid,
@@ -7730,10 +7697,11 @@ class Runner:
         for kind, number, pid, *_ in self._link.receive():
             if kind == SIGNAL:
                 self._on_signal(signal.Signals(number))
-            elif kind == REFUSED and number in self._commands:
-                self._on_refused(self._commands[number], pid)
-            elif kind == KILLED and number in self._commands:
-                self._finish(self._commands[number])
+            elif command := self._commands.get(number):
+                if kind == REFUSED:
+                    self._on_refused(command, pid)
+                else:
+                    self._finish(command)
             elif kind == KILLED and number in self._lost:
                 self._lost[number] = self._lost[number][0], KILLED
                 self._agenda.want("tick")
@@ -7768,12 +7736,8 @@ class Runner:
             else:
                 self._finish(command)
 
-    # Orders: requests in the database.
-
     def _do_orders(self) -> None:
-        """Read requests and settings, without a commit, since any local user may send
-        notifications.
-        """
+        """Read requests and settings; any local user may cause it, so no commit."""
         self._watch_new()       # a new worker also sends one
         self._settings = self._options.adapt(self._queue.store.settings())
         self._obey(*self._claims.orders())
@@ -7783,7 +7747,7 @@ class Runner:
         if stop:
             self._leave(stop, ASKED)
         if any(mine.get(one.number, LOST) for one in self._spares):
-            self._return_spares()
+            self._do_spares()
         for claim, command in list(self._commands.items()):
             if claim not in mine and command.why != LOST:
                 self._log(f"{command.claim.job.id} was taken over, as this worker sent "
@@ -7798,7 +7762,7 @@ class Runner:
         if self._leaving is None and self._options.grace is not None:
             self._agenda.want("grace", time.monotonic() + self._options.grace)
         self._leaving = how
-        self._return_spares()
+        self._do_spares()
         self._notifier.stopping()
         running, again = counted(len(self._commands), "running job"), {
             ASKED: "`queuectl worker stop --now`", "SIGHUP": "SIGTERM"}.get(
@@ -7811,8 +7775,6 @@ class Runner:
 
     def _do_grace(self) -> None:
         self._leave(NOW, "grace is over")
-
-    # The other workers.
 
     def _watch_new(self) -> None:
         """Watch each new worker's supervisor, which exits last."""
@@ -7842,9 +7804,7 @@ class Runner:
         self._agenda.want("heartbeat", time.monotonic() + RESCUE_TICK)
 
     def _do_peers(self) -> None:
-        """Find runs of lost workers, after a heartbeat of our own. They are marked in
-        the database, then killed, then recorded.
-        """
+        """Find lost runs, to be marked in the database, then killed, then recorded."""
         self._peers.look()
         found = {run.claim: (run, FOUND) for run in self._peers.lost()}
         self._dead = self._peers.dead()
@@ -7866,16 +7826,6 @@ class Runner:
             if self._unsaved:
                 self._agenda.want("tick", self._peek_at)
 
-    # The log.
-
-    def _tell(self, change: Change) -> None:
-        outcome = change.outcome or Outcome(RELEASED)
-        if outcome.duration is not None:    # None: not started, or another worker's
-            state = change.after.state
-            self.totals[state] += 1
-        if self._calls.log and (outcome.duration is not None or outcome.kind == LOST):
-            self._log(change_line(change, self._queue.clock()))
-
     def _do_progress(self) -> None:
         """Show the progress, at the cost of a twentieth of the time at most."""
         assert self._calls.progress is not None
@@ -7887,12 +7837,6 @@ class Runner:
         ended = time.monotonic()
         self._agenda.want("progress", ended + max(PROGRESS_PAUSE, 20 * (ended - began)))
 
-    def _status_line(self) -> str:
-        running, slots = len(self._commands), self._options.slots
-        return (f"finishing {counted(running, 'running job')}" if self._leaving else
-                f"{slots - len(self._free)} of {counted(slots, 'slot')} busy"
-                ) + self.total()
-
     def total(self) -> str:
         done = ", ".join(
             f"{self.totals[state]} {'requeued' if state == PENDING else state}"
@@ -7902,15 +7846,10 @@ class Runner:
 
 def run_worker(queue: Queue, options: WorkerOptions, link: Link,
                calls: Callbacks) -> int:
-    """Run a worker until it is asked to stop; return its exit status.
-
-    `link` leads to its supervisor. If it cannot delete its row, other workers do, since
-    its process is gone. It raises only errors that no worker can survive.
-    """
+    """Run a worker until it is asked to stop; return its exit status."""
     import concurrent.futures as futures  # 9 ms, and only in a worker
     import socket
     _prepare_descriptors(options.slots)
-    log = calls.log or (lambda line: None)
     with contextlib.ExitStack() as stack:
         # Any local user may send to it, which costs a look at the database. It is bound
         # before the row shows others its port.
@@ -7925,25 +7864,24 @@ def run_worker(queue: Queue, options: WorkerOptions, link: Link,
         @stack.callback
         def leave() -> None:
             queue.store.db.patience = WORKER_PATIENCE
-            with contextlib.suppress(QueueError):
+            with contextlib.suppress(QueueError):   # others delete the row
                 claims.leave()
         link.send(HELLO)
         link.flush(claims.lock)
         queue.wake(NEW_ORDERS)      # so that the others watch this one
         runner = Runner(queue, claims, options, link, notices, calls)
-        if calls.ready:
-            calls.ready(claims.worker.name)
+        calls.ready(claims.worker.name)
         try:
             with futures.ThreadPoolExecutor(1) as executor:
                 status = runner.run(executor)
         except Gone as error:
-            log(f"error: {error.message}, so this worker kills its jobs and stops; "
-                "restart it")
+            calls.log(f"error: {error.message}, so this worker kills its jobs and "
+                      "stops; restart it")
             return EX_NO
-    log(f"worker {claims.worker.name} stopped{runner.total()}")
+    calls.log(f"worker {claims.worker.name} stopped{runner.total()}")
     if options.drain and status == EX_OK:
         for line in queue.left_waiting(options.queues):
-            log(line)
+            calls.log(line)
         return EX_NO if DEAD in runner.totals else EX_OK
     return status
 
@@ -11916,7 +11854,7 @@ def cmd_worker_start(args: argparse.Namespace, link: Link, screen: Screen) -> in
     with opened(args, screen) as queue:
         try:
             return run_worker(queue, options, link, Callbacks(
-                None if args.quiet else screen.log, args.ready,
+                (lambda line: None) if args.quiet else screen.log, args.ready,
                 _bar(screen) if args.drain and screen.draws else None))
         finally:
             screen.clear()

@@ -1986,12 +1986,11 @@ class Notices(Case):
         name = f"queuectl-{os.getpid()}".encode()       # no file
         manager, notifier = Manager(self, b"\0" + name), queuectl.Notifier({
             b"NOTIFY_SOCKET": b"@" + name, b"WATCHDOG_USEC": b"60000000"}, os.getpid())
-        notifier.step(lambda: "waiting")    # not ready yet: no sign of life
         notifier.ready()
         for _ in range(3):
-            notifier.step(lambda: "waiting")
+            notifier.step("waiting")
         notifier.stopping()
-        self.assertEqual(manager.received(), ["STATUS=waiting", "READY=1", "WATCHDOG=1",
+        self.assertEqual(manager.received(), ["READY=1", "WATCHDOG=1", "STATUS=waiting",
                                               "STOPPING=1"])
         for address in (b"/nowhere/at/all", b"relative", b"x" * 200):   # it is gone
             queuectl.Notifier({b"NOTIFY_SOCKET": address}, 1).ready()
@@ -3064,7 +3063,7 @@ class Ticks(Case):
             self.anew()
             self.queue.host.locks._works = works
             self.jobs(2)
-            with mock.patch.object(self.claims, "next_due", side_effect=ZeroDivisionError), \
+            with mock.patch.object(self.queue.store, "write_counters", side_effect=ZeroDivisionError), \
                     self.assertRaises(ZeroDivisionError):
                 self.tick(2)
             for is_held in (False, works):
@@ -4103,7 +4102,7 @@ class Workers(Case):
             try:
                 return queuectl.run_worker(self.queue, WorkerOptions(**{
                     "name": "w", "drain": True, **options}), queuectl.Link(theirs),
-                    queuectl.Callbacks(say))
+                    queuectl.Callbacks(say, str))
             finally:
                 theirs.close()
                 thread.join()
@@ -4417,7 +4416,7 @@ class Workers(Case):
         notices.setblocking(False)
         runner = self.runner = queuectl.Runner(
             self.queue, claims, options, queuectl.Link(theirs), notices,
-            queuectl.Callbacks(self.said.append))
+            queuectl.Callbacks(self.said.append, str))
         runner._executor = ByHand()
         try:
             yield runner, queuectl.Link(ours)
