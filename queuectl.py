@@ -7173,24 +7173,23 @@ class Directories:
     def is_local(self, path: str) -> bool:
         """Return True if no part of it is on a network file system."""
         if path not in self._known:
-            self._known[path] = self._find(path, 40)    # links, Linux's limit
+            self._known[path] = self._find(path)
         return self._known[path]
 
-    def _find(self, path: str, links: int) -> bool:
-        at, names = "/", path.split("/")[1:]
-        for n, name in enumerate(names):
-            at = os.path.normpath(os.path.join(at, name))
+    def _find(self, path: str) -> bool:
+        at, left, links = "/", path.split("/"), 40      # Linux's limit
+        while left and links:
+            at = os.path.normpath(os.path.join(at, left.pop(0)))
             kind = filesystem_of(at, self._mounts)
             if is_network_filesystem(kind) or kind.startswith(("autofs", "fuse")):
                 return False    # before a system call on it, which may hang
-            try:
+            with contextlib.suppress(OSError, ValueError):      # no link
                 target = os.readlink(at.encode("utf-8", "surrogateescape"))
-            except (OSError, ValueError):
-                continue
-            return links > 0 and self._find(os.path.join(
-                os.path.dirname(at), target.decode("utf-8", "surrogateescape"),
-                *names[n + 1:]), links - 1)
-        return True
+                links -= 1
+                left = os.path.join(os.path.dirname(at), target.decode(
+                    "utf-8", "surrogateescape")).split("/") + left
+                at = "/"
+        return links > 0
 
 
 def _refuse_platform() -> None:
@@ -7294,10 +7293,10 @@ class Runner:
         self._is_heartbeat = False              # of the next tick
         self._commit: tuple[Tick, Report, futures.Future[None]] | None = None
         self._leaving: str | None = None                # wanted: None, DRAIN or NOW
-        self._gives_up = self._is_drained = False       # exits without recording
+        self._is_drained = False                # no work is left
+        self._gives_up = False                  # exits without recording
         self._peek_until = self._peek_at = 0.0  # monotonic: clients wait for output
-        self._retry_at = 0.0    # monotonic: no tick before, after a failed one
-        self._claim_at = 0.0    # monotonic: no claim before, after a shortage
+        self._retry_at = self._claim_at = 0.0   # monotonic: no tick or claim before
         self._failing_since: float | None = None        # monotonic: ticks fail
         self._complaint = ""                            # the last one logged
         self._pace = math.inf                   # seconds: recent mean of runs
