@@ -7293,8 +7293,6 @@ class Runner:
         self._is_heartbeat = False              # of the next tick
         self._commit: tuple[Tick, Report, futures.Future[None]] | None = None
         self._leaving: str | None = None                # wanted: None, DRAIN or NOW
-        self._is_drained = False                # no work is left
-        self._gives_up = False                  # exits without recording
         self._peek_until = self._peek_at = 0.0  # monotonic: clients wait for output
         self._retry_at = self._claim_at = 0.0   # monotonic: no tick or claim before
         self._failing_since: float | None = None        # monotonic: ticks fail
@@ -7324,8 +7322,7 @@ class Runner:
             self._notifier.stopping()
             self._archive.end(lease_of(self._settings) / 2)     # before it is late
             self.close()
-        return EX_NO if self._commands or self._gives_up or not self._link.is_open \
-            else EX_OK
+        return EX_NO if self._commands or not self._link.is_open else EX_OK
 
     def close(self) -> None:
         for watch in self._watches:
@@ -7352,18 +7349,13 @@ class Runner:
 
     def _is_over(self) -> bool:
         """Return True if the worker may exit: nothing runs or must be recorded, and it
-        was asked to stop, has run `--max-jobs`, or drains and no work is left.
-
-        After a second request it does not wait for processes that cannot be killed;
-        after a third, it also leaves ends unrecorded.
+        claims no more. After a second request to stop it does not wait for processes
+        that cannot be killed.
         """
-        if self._gives_up:
-            return True
-        if any(self._leaving != NOW or not command.is_refused
-               for command in self._commands.values()) \
-                or self._ended or self._commit or self._spares:
-            return False
-        return bool(self._leaving or self._is_drained or not self._quota)
+        is_busy = self._ended or self._commit or self._spares or any(
+            self._leaving != NOW or not command.is_refused
+            for command in self._commands.values())
+        return not is_busy and bool(self._leaving or not self._quota)
 
     def _usable(self) -> list[int]:
         """The free slots, unless no more jobs are to be claimed."""
@@ -7403,9 +7395,10 @@ class Runner:
             self._agenda.want("tick")
             return
         if self._options.drain and not (
-                self._commands or self._ended or self._agenda.is_wanted("tick", now)):
-            self._is_drained = self._claims.is_drained() \
-                and self._claims.leave_if_drained()
+                self._commands or self._ended or self._agenda.is_wanted("tick", now)) \
+                and self._claims.is_drained() and self._claims.leave_if_drained():
+            self._quota = 0
+            return
         due = self._claims.next_due()
         wait = math.inf if due is None else due - self._queue.clock()
         self._agenda.want("look", now + min(wait, FALLBACK_POLL))
@@ -7710,10 +7703,9 @@ class Runner:
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._leaving == NOW and self._failing_since:
-            self._log(f"{number.name}: exiting without recording "
-                      f"{counted(len(self._ended), 'run')}; the next worker finds them "
-                      "lost")
-            self._gives_up = True
+            runs = counted(len(self._ended), "run")
+            raise Gone("unwritable", f"{number.name}: {runs} cannot be recorded and "
+                       "will be found lost", "")
         # A second SIGHUP is ignored: when a terminal closes, kernel and shell send one
         # each.
         at_once = number == signal.SIGQUIT or (

@@ -4659,6 +4659,17 @@ class Workers(Case):
             self.assertEqual(self.last_run().output, b"a\n")
             self.steps(lambda: self.last_run().output == b"a\nb\n")
 
+    def test_a_third_signal_ends_a_worker_that_cannot_write(self):
+        with self.running() as (runner, link):
+            runner._ended[1] = Outcome("released")
+            for _ in range(3):      # while it can, it continues
+                self.tell(link, (queuectl.SIGNAL, signal.SIGTERM))
+                self.step(commits=False)
+            runner._complain(queuectl.Unavailable("disk-full", "it is full", ""))
+            self.tell(link, (queuectl.SIGNAL, signal.SIGTERM))
+            with refused("unwritable", "SIGTERM: 1 run cannot be recorded"):
+                runner._step()
+
     def test_a_process_that_cannot_be_ended_is_named_once(self):
         with self.running() as (runner, link):
             runner._leave("now", "A")
