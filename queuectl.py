@@ -7372,7 +7372,7 @@ class Runner:
         self._directories.refresh()
         # Reap the orphans of jobs, but not commands, which have their watches.
         own = {command.pid for command in self._commands.values()}
-        with contextlib.suppress(ChildProcessError, AttributeError, OSError):
+        with contextlib.suppress(AttributeError, OSError):
             if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 return
             for pid in set(_pids()) - own:
@@ -7499,16 +7499,14 @@ class Runner:
         """Log it once, unless the wait is short. Commands and time-outs continue."""
         now = time.monotonic()
         self._failing_since = self._failing_since or now
-        if error.code == "busy":
-            self._retry_at = now + BUSY_PAUSE
-            if now < self._failing_since + WORKER_PATIENCE:
-                return
-        else:
-            self._retry_at = now + SYNC_PAUSE
+        self._retry_at = now + (BUSY_PAUSE if error.code == "busy" else SYNC_PAUSE)
+        if error.code != "busy":
             # The next tick claims nothing: if no descriptor was free for a claim's
             # lock, heartbeats and ends must still be recorded.
             self._claim_at = now + 2 * SYNC_PAUSE
             self._queue.store.db.relieve()
+        elif now < self._failing_since + WORKER_PATIENCE:
+            return
         if error.message != self._complaint:
             self._complaint = error.message
             self._log(f"cannot write to the queue, retrying: {error.message}")
@@ -7769,23 +7767,18 @@ class Runner:
 
     def _watch_new(self) -> None:
         """Watch each new worker's supervisor, which exits last."""
-        known = {worker.id for worker in self._watches.values()}
+        host, known = self._queue.host, {one.id for one in self._watches.values()}
         for worker in self._queue.store.workers():
             if worker.id in known or worker.id == self._claims.worker.id \
-                    or worker.boot != self._queue.host.boot:
+                    or worker.boot != host.boot:
                 continue
-            watch = _watch_process(worker.pid)
-            # Checked after the watch: the id may have been reused.
             with contextlib.suppress(OSError):      # no descriptor is free
-                if watch >= 0 and is_same_birth(
-                        self._queue.host.born(worker.pid), worker.born):
+                if host.is_alive(worker) is False:
+                    self._agenda.want("heartbeat")
+                elif is_same_birth(host.born(worker.pid), worker.born) \
+                        and (watch := _watch_process(worker.pid)) >= 0:
                     self._watches[watch] = worker
                     self._poller.add(watch, functools.partial(self._on_end, watch))
-                    continue
-            if watch >= 0:
-                os.close(watch)
-            if self._queue.host.is_alive(worker) is False:
-                self._agenda.want("heartbeat")      # it has ended
 
     def _on_end(self, watch: int) -> None:
         del self._watches[watch]
