@@ -9351,7 +9351,7 @@ reconnect();
 # and describes all operations.
 
 MAX_BODY = 10 << 20         # bytes
-MAX_HEAD, MAX_HEADERS = 32 << 10, 100       # bytes of request line and headers
+MAX_HEAD = 32 << 10         # bytes of request line and headers
 MAX_TARGET = 8 << 10        # bytes of path and query; at least 8000 (RFC 9110, 4.1)
 MAX_BATCH = 10_000          # jobs in one request: about 5 MiB of reply
 MAX_PAGE, USUAL_PAGE = 1000, 50     # jobs in one reply
@@ -9796,7 +9796,7 @@ class Site(NamedTuple):
 
 
 # RFC 9112 without its leniency: no bare CR or LF, no NUL, no folded lines, no space
-# before the colon. A proxy in front of us may read these differently.
+# before the colon. http.server and a proxy in front of it may read these differently.
 _TOKEN = rb"[!#-'*+.^_`|~0-9A-Za-z-]+"
 HEAD_FORM = (_TOKEN + rb" [!-~]+ HTTP/1\.[01]\r\n(?:" + _TOKEN
              + rb":[\t -~\x80-\xff]*\r\n)*\r\n")
@@ -9805,8 +9805,8 @@ _SINGLE = ("host", "content-length", "transfer-encoding", "authorization", "orig
 
 
 class Reader:
-    """The input of a connection. One time-out covers a whole head or body; Refused
-    (408) when it expires.
+    """The input of a connection. One time-out covers a whole head or body; in
+    http.server each read has its own. Refused (408) when it expires.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -9863,13 +9863,10 @@ class Reader:
         return taken
 
 
-def headers_of(fields: Sequence[str]) -> dict[str, str]:
+def headers_of(fields: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Return the headers by lower-case name; Invalid if ambiguous."""
-    if len(fields) > MAX_HEADERS:
-        raise denied(431, f"there are over {MAX_HEADERS} headers")
     headers: dict[str, str] = {}
-    for field in fields:
-        name, _, value = field.partition(":")
+    for name, value in fields:
         name, value = name.lower(), value.strip(" \t")
         if name in headers and name in _SINGLE:
             raise Invalid(f"{name} is sent twice")
@@ -10073,7 +10070,7 @@ HEADERS = (
 
 # ---- 19 Server ---------------------------------------------------------------
 # Connections, event streams, TLS. The main thread accepts connections until a signal
-# arrives, and starts a thread for each. Every wait for a
+# arrives; http.server's handler serves each in a thread of its own. Every wait for a
 # client or the database has a limit, and no transaction is open during one for a client
 # (I10).
 
@@ -10202,9 +10199,8 @@ class Connections:
 class Service:
     """The state that all connections share."""
 
-    def __init__(self, site: Site, path: str, log: Callable[[str], None],
-                 tls: ssl.SSLContext | None = None) -> None:
-        self.site, self.path, self.log, self.tls = site, path, log, tls
+    def __init__(self, site: Site, path: str, log: Callable[[str], None]) -> None:
+        self.site, self.path, self.log = site, path, log
         self.connections = Connections()
         self.anonymous = threading.Semaphore(MAX_ANONYMOUS)
         self._spare: list[Queue] = []       # open databases that no request uses
@@ -10239,129 +10235,143 @@ class Service:
         self.log("web: internal error\n" + traceback.format_exc())
 
 
-class Connection:
-    """A client's connection; `serve` runs in a thread of its own, and closes it."""
+def _handler_class(service: Service, is_tls: bool) -> type:
+    """Return the handler of connections. http.server parses heads that matched
+    HEAD_FORM, and formats the heads of replies.
+    """
+    import http.server      # 40 ms, and only in a server
 
-    def __init__(self, service: Service, sock: socket.socket, peer: str) -> None:
-        self._service, self._sock, self._peer = service, sock, peer
-        self._reader = Reader(sock)
-        self._method, self._is_last, self._is_unread = "", True, True
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = request_version = "HTTP/1.1"
+        command = ""
 
-    def serve(self) -> None:
-        try:
-            if self._service.tls:   # not in the main thread, which it would block
-                self._sock.settimeout(HEAD_SECONDS)
-                self._sock.do_handshake()       # type: ignore[attr-defined]
-            while self._reader.wait(KEEP_SECONDS) and self._converse():
-                pass
-        except (OSError, QueueError):
-            # The client disconnected; or a stream's database failed, whose client gets
-            # the error when it reconnects.
-            pass
-        except Exception:       # a bug: the server runs on
-            self._service.log_bug()
-        finally:
-            self._service.connections.leave(self._sock)
-            self._sock.close()
+        def setup(self) -> None:
+            self.reader = Reader(self.request)
+            if is_tls:      # not in the main thread, which it would block
+                self.request.settimeout(HEAD_SECONDS)
+                self.request.do_handshake()
 
-    def _converse(self) -> bool:
-        """Serve one request; return True if another may follow."""
-        self._method, self._is_last, self._is_unread = "", True, True
-        try:
-            reply = self._reply()
-        except QueueError as refusal:
-            reply = refusal_reply(refusal)
-        except OSError:
-            raise
-        except Exception:
-            self._service.log_bug()
-            reply = refusal_reply(denied(500, "internal error"))
-        self._is_last = self._is_last or self._is_unread
-        self._send(reply)
-        if reply.follows is not None:
-            self._send_events(reply.follows)
-        self._mark(time.monotonic())
-        if self._is_unread:
-            # Closing a socket with unread input resets the connection, and the client
-            # may lose the reply (RFC 9112, section 9.6).
-            self._sock.shutdown(1)      # SHUT_WR: the client may still send
-            self._reader.drain(LINGER_SECONDS)
-        return not self._is_last
+        def finish(self) -> None:
+            """Do nothing: replies are not buffered."""
 
-    def _mark(self, state: float) -> None:
-        self._service.connections.mark(self._sock, state)
+        def handle(self) -> None:
+            # QueueError: a stream's database failed; its client gets the error when it
+            # reconnects.
+            with contextlib.suppress(OSError, QueueError):
+                while self.reader.wait(KEEP_SECONDS) and self.converse():
+                    pass
 
-    def _reply(self) -> Reply:
-        """Read a request, its body only if admitted; return the reply; QueueError."""
-        head = self._reader.head(HEAD_SECONDS)
-        if not re.fullmatch(HEAD_FORM, head):
-            raise Invalid("that is not HTTP/1.1", "see RFC 9112")
-        line, *fields = head.decode("latin-1").split("\r\n")[:-2]
-        self._method, target, version = line.split(" ")
-        headers = headers_of(fields)
-        is_old = version == "HTTP/1.0"      # old health checks
-        if is_old:
-            headers.setdefault("host", "localhost")
-        size = body_size(headers)
-        self._is_unread = size > 0
-        self._is_last = is_old or \
-            "close" in re.split("[ ,]+", headers.get("connection", "").lower())
-        admitted = admit(self._service.site, Request(
-            self._method, target, headers, b"", self._peer))
-        if isinstance(admitted, Reply):
-            return admitted
-        route, request = admitted
-        if request.role:
-            self._mark(Connections.BUSY)
-        if size:
-            if route.method == "GET":   # some need no token
-                raise denied(413, "that takes no body", "send none")
-            if headers.get("expect", "").lower() == "100-continue" and not is_old:
-                self._sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request = request._replace(body=self._reader.read(size, BODY_SECONDS))
-            if len(request.body) < size:
-                raise Invalid("the body ends too soon")
-            self._is_unread = False
-        with contextlib.nullcontext() if request.role else self._service.anonymous:
-            self._mark(Connections.BUSY if request.role else time.monotonic())
-            with self._service.database() as queue:
-                reply = respond(route, queue, request)
-        if reply.log:
-            self._service.log(reply.log)
-        if self._method == "HEAD":
-            return reply._replace(follows=None)
-        if reply.follows is not None:
-            self._mark(Connections.STREAM)
-            self._is_last = True
-        return reply
+        def converse(self) -> bool:
+            """Serve one request; return True if another may follow."""
+            self.command, self.is_last, self.is_unread = "", True, True
+            try:
+                reply = self.reply()
+            except QueueError as refusal:
+                reply = refusal_reply(refusal)
+            except OSError:
+                raise
+            except Exception:   # a bug: the server runs on
+                service.log_bug()
+                reply = refusal_reply(denied(500, "internal error"))
+            self.is_last = self.is_last or self.is_unread
+            self.send_reply(reply)
+            if reply.follows is not None:
+                self.send_events(reply.follows)
+            service.connections.mark(self.request, time.monotonic())
+            if self.is_unread:
+                # Closing a socket with unread input resets the connection, and the
+                # client may lose the reply (RFC 9112, section 9.6).
+                self.request.shutdown(1)    # SHUT_WR: the client may still send
+                self.reader.drain(LINGER_SECONDS)
+            return not self.is_last
 
-    def _send(self, reply: Reply) -> None:
-        import http     # 2 ms
-        headers = [
-            ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
-            ("Content-Type", reply.kind),
-            ("Content-Security-Policy", page_policy(PAGE)), *HEADERS, *reply.headers,
-            *[("Content-Length", str(len(reply.body)))] * (reply.follows is None),
-            *[("Connection", "close")] * self._is_last]
-        phrase = http.HTTPStatus(reply.status).phrase
-        head = "".join((f"HTTP/1.1 {reply.status} {phrase}\r\n", *(
-            f"{name}: {value}\r\n" for name, value in headers), "\r\n")).encode()
-        whole = memoryview(head if self._method == "HEAD" else head + reply.body)
-        # In parts, since the time-out of `sendall` covers the whole call.
-        self._sock.settimeout(SEND_SECONDS)
-        for at in range(0, len(whole), READ_SIZE):
-            self._sock.sendall(whole[at:at + READ_SIZE])
+        def reply(self) -> Reply:
+            """Read a request, its body only if admitted; return the reply; QueueError.
+            """
+            head = self.reader.head(HEAD_SECONDS)
+            if not re.fullmatch(HEAD_FORM, head):
+                raise Invalid("that is not HTTP/1.1", "see RFC 9112")
+            self.raw_requestline, _, fields = head.partition(b"\r\n")
+            self.rfile = io.BytesIO(fields)
+            self.parse_request()
+            headers = headers_of(self.headers.items())
+            is_old = self.request_version == "HTTP/1.0"     # old health checks
+            if is_old:
+                headers.setdefault("host", "localhost")
+            size = body_size(headers)
+            self.is_unread = size > 0
+            self.is_last = is_old or \
+                "close" in re.split("[ ,]+", headers.get("connection", "").lower())
+            admitted = admit(service.site, Request(
+                self.command, self.path, headers, b"", str(self.client_address[0])))
+            if isinstance(admitted, Reply):
+                return admitted
+            route, request = admitted
+            if request.role:
+                service.connections.mark(self.request, Connections.BUSY)
+            if size:
+                if route.method == "GET":   # some need no token
+                    raise denied(413, "that takes no body", "send none")
+                if headers.get("expect", "").lower() == "100-continue" and not is_old:
+                    self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                request = request._replace(body=self.reader.read(size, BODY_SECONDS))
+                if len(request.body) < size:
+                    raise Invalid("the body ends too soon")
+                self.is_unread = False
+            with contextlib.nullcontext() if request.role else service.anonymous:
+                service.connections.mark(self.request, Connections.BUSY if request.role
+                                         else time.monotonic())
+                with service.database() as queue:
+                    reply = respond(route, queue, request)
+            if reply.log:
+                service.log(reply.log)
+            if self.command == "HEAD":
+                return reply._replace(follows=None)
+            if reply.follows is not None:
+                service.connections.mark(self.request, Connections.STREAM)
+                self.is_last = True
+            return reply
 
-    def _send_events(self, last: int) -> None:
-        """Send new events until the client or the database goes away."""
-        poller = select.poll()
-        poller.register(self._sock, getattr(select, "POLLRDHUP", select.POLLIN))
-        with Queue(self._service.path, create=False) as queue:
-            for piece in event_stream(queue, last):
-                self._sock.sendall(piece)
-                # Without POLLRDHUP any input is taken for the client's end.
-                if poller.poll(1000 * FEED_TICK) or not queue.store.db.is_in_place():
-                    return
+        def handle_expect_100(self) -> bool:
+            return True     # `reply` sends 100, after the checks
+
+        def send_error(self, code: int, message: str | None = None,
+                       explain: str | None = None) -> NoReturn:
+            raise denied(code, message or "unreadable")
+
+        def send_reply(self, reply: Reply) -> None:
+            self.wfile = io.BytesIO()
+            self.send_response_only(reply.status)
+            for name, value in (
+                    ("Date", self.date_time_string()), ("Content-Type", reply.kind),
+                    ("Content-Security-Policy", page_policy(PAGE)),
+                    *HEADERS, *reply.headers):
+                self.send_header(name, value)
+            if reply.follows is None:
+                self.send_header("Content-Length", str(len(reply.body)))
+            if self.is_last:
+                self.send_header("Connection", "close")
+            self.end_headers()
+            head, body = self.wfile.getvalue(), reply.body
+            whole = memoryview(head if self.command == "HEAD" else head + body)
+            # In parts, since the time-out of `sendall` covers the whole call.
+            self.request.settimeout(SEND_SECONDS)
+            for at in range(0, len(whole), READ_SIZE):
+                self.request.sendall(whole[at:at + READ_SIZE])
+
+        def send_events(self, last: int) -> None:
+            """Send new events until the client or the database goes away."""
+            poller = select.poll()
+            poller.register(self.request, getattr(select, "POLLRDHUP", select.POLLIN))
+            with Queue(service.path, create=False) as queue:
+                for piece in event_stream(queue, last):
+                    self.request.sendall(piece)
+                    # Without POLLRDHUP any input is taken for the client's end.
+                    if poller.poll(1000 * FEED_TICK) \
+                            or not queue.store.db.is_in_place():
+                        return
+
+    return Handler
 
 
 # Sent by the main thread, which must not block.
@@ -10433,68 +10443,77 @@ def tls_context(args: argparse.Namespace) -> ssl.SSLContext | None:
     return context
 
 
-def listen(args: argparse.Namespace, family: int,
-           address: tuple[Any, ...]) -> socket.socket:
-    """Return the listening socket of `web`; Conflict, Refused."""
-    import socket as sockets
-    listener = sockets.socket(family, sockets.SOCK_STREAM)
+def listen(service: Service, args: argparse.Namespace, family: int,
+           address: tuple[Any, ...]) -> Any:
+    """Return the server of `web`, which listens; Conflict, Refused."""
+    tls = tls_context(args)
+    import socketserver
+
+    # HTTPServer would look up our host name, which may take seconds.
+    class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
+        address_family = family
+        allow_reuse_address = True      # else TIME_WAIT delays a restart
+        daemon_threads, block_on_close = True, False
+        request_queue_size = 128
+
+        def get_request(self) -> Any:
+            try:
+                sock, client = self.socket.accept()
+            except OSError:     # no descriptor is free
+                time.sleep(ACCEPT_PAUSE)
+                raise
+            return (sock if tls is None else tls.wrap_socket(
+                sock, server_side=True, do_handshake_on_connect=False)), client
+
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            if service.connections.enter(request):
+                return True
+            if tls is None:
+                with contextlib.suppress(OSError):
+                    request.setblocking(False)
+                    request.send(BUSY_REPLY)
+            return False
+
+        def shutdown_request(self, request: Any) -> None:
+            service.connections.leave(request)
+            super().shutdown_request(request)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            # OSError: the client disconnected, or TLS failed.
+            if not isinstance(sys.exc_info()[1], OSError):
+                service.log_bug()
+
     try:
-        # Else TIME_WAIT delays a restart.
-        listener.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)
+        return Listener(address, _handler_class(service, tls is not None))
     except OSError as error:
-        listener.close()
         place = f"port {args.port} of {args.host}"
         if error.errno == errno.EADDRINUSE:
             raise Conflict("in-use", f"{place} is in use",
                            "give another --port, or stop that server") from None
         raise Refused("unsupported", f"cannot listen on {place} ({error.strerror})",
                       "give another --host or --port") from None
-    listener.setblocking(False)     # a client may disconnect before `accept`
-    return listener
 
 
-def accept(service: Service, listener: socket.socket) -> None:
-    """Serve the next client in a thread."""
-    try:
-        sock, address = listener.accept()
-        if service.tls:
-            sock = service.tls.wrap_socket(sock, server_side=True,
-                                           do_handshake_on_connect=False)
-    except OSError:     # the client has disconnected, or no descriptor is free
-        time.sleep(ACCEPT_PAUSE)
-        return
-    if service.connections.enter(sock):
-        connection = Connection(service, sock, str(address[0]))
-        with contextlib.suppress(RuntimeError):     # there are too many threads
-            threading.Thread(target=connection.serve, daemon=True).start()
-            return
-        service.connections.leave(sock)
-    if not service.tls:
-        with contextlib.suppress(OSError):
-            sock.setblocking(False)
-            sock.send(BUSY_REPLY)
-    sock.close()
-
-
-def serve(listener: socket.socket, service: Service,
-          announce: Callable[[], None]) -> None:
+def serve(listener: Any, service: Service, announce: Callable[[], None]) -> None:
     """Serve until a signal arrives; only in the main thread.
 
     It waits without a time-out, so an idle server uses no CPU.
     """
+    listener.socket.setblocking(False)  # a client may disconnect before `accept`
     wakeup = Wakeup()
-    with contextlib.closing(wakeup), listener, handling(
+    with contextlib.closing(wakeup), handling(
             dict.fromkeys(stop_signals(), lambda *_: None), wakeup.writer):
-        announce()
-        awaited: tuple[Any, ...] = (wakeup.reader, listener)
-        while wakeup.reader not in select.select(awaited, (), ())[0]:
-            accept(service, listener)
-    end = time.monotonic() + STOP_SECONDS
-    while service.connections.drop_all() and time.monotonic() < end:
-        time.sleep(0.01)
-    service.close()
+        try:
+            announce()
+            awaited = (wakeup.reader, listener)
+            while wakeup.reader not in select.select(awaited, (), ())[0]:
+                listener.handle_request()
+        finally:
+            listener.server_close()
+            end = time.monotonic() + STOP_SECONDS
+            while service.connections.drop_all() and time.monotonic() < end:
+                time.sleep(0.01)
+            service.close()
 
 
 def printed_url(site: Site, host: str, port: int) -> str:
@@ -12439,15 +12458,15 @@ def cmd_web(args: argparse.Namespace, queue: Queue, screen: Screen) -> None:
     # token may be left out.
     family, address = resolved(args.host, args.port)
     site = site_of(args, address[0], os.environ, [queue.host.name])
-    service = Service(site, queue.path, screen.log, tls_context(args))
-    listener = listen(args, family, address)
+    service = Service(site, queue.path, screen.log)
+    listener = listen(service, args, family, address)
     if args.tls_cert is None and args.host not in ("localhost", "::1") \
             and not address[0].startswith("127."):
         screen.note("warning: without --tls-cert, others on the network can read the "
                     "token")
 
     def _announce() -> None:
-        screen.out(printed_url(site, args.host, listener.getsockname()[1]))
+        screen.out(printed_url(site, args.host, listener.server_address[1]))
         screen.flush()
     serve(listener, service, _announce)
 
