@@ -10466,8 +10466,16 @@ def listen(service: Service, args: argparse.Namespace, family: int,
                 sock, server_side=True, do_handshake_on_connect=False)), client
 
         def verify_request(self, request: Any, client_address: Any) -> bool:
-            if service.connections.enter(request):
-                return True
+            return service.connections.enter(request) or self.refuse(request)
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            try:
+                super().process_request(request, client_address)
+            except RuntimeError:    # no thread can be started
+                self.refuse(request)
+                self.shutdown_request(request)
+
+        def refuse(self, request: Any) -> bool:
             if tls is None:
                 with contextlib.suppress(OSError):
                     request.setblocking(False)

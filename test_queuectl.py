@@ -7535,11 +7535,11 @@ class WebServer(Processes):
 
     def test_a_client_without_a_thread_is_told_that_there_are_too_many(self):
         service = queuectl.Service(None, self.path, self.fail)
-        args = argparse.Namespace(host="127.0.0.1", port=0)
-        with queuectl.listen(args, socket.AF_INET, ("127.0.0.1", 0)) as listener:
-            client = self.connect(listener.getsockname()[1])
+        args = argparse.Namespace(tls_cert=None, tls_key=None, host="127.0.0.1", port=0)
+        with queuectl.listen(service, args, socket.AF_INET, ("127.0.0.1", 0)) as listener:
+            client = self.connect(listener.server_address[1])
             with mock.patch("threading.Thread.start", side_effect=RuntimeError):
-                queuectl.accept(service, listener)
+                listener.handle_request()
             with client.makefile("rb") as reply:
                 self.assertTrue(reply.read().endswith(b'"too many connections"}'))
 
