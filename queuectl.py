@@ -3562,8 +3562,10 @@ def _refuse_cycle(needs: Sequence[Mapping[str, int]], seqs: Mapping[str, int],
         cycle = set(error.args[1])
         names = sorted(id for id, seq in seqs.items() if seq in cycle)
         with at_item(min(cycle) - first):
-            raise Invalid(f"after: {', '.join(names[:5])} wait for each other",
-                          "take one of these out", "after") from None
+            raise Invalid(
+                f"{', '.join(names[:5])} wait for each other" if len(names) > 1 else
+                f"{names[0]} waits for itself", "take one of these out", "after") \
+                from None
 
 
 def hook_env(job: Job, output: bytes) -> dict[str, str]:

@@ -2036,7 +2036,7 @@ class Promises(Case):
                 ([{"id": "a", "after": ["b"]}, {"id": "b", "after": ["a"]}], "invalid-job", 0,
                  "a, b wait for each other"),
                 (["free", {"after": ["free"]}, *ring], "invalid-job", 2,
-                 " r0, r1, r2, r3, r4 wait for each other")):
+                 "^r0, r1, r2, r3, r4 wait for each other")):
             with self.subTest(specs), refused(code, words, item=item):
                 self.jobs(specs)
         self.assertEqual(sum(self.queue.counts().values()), 0)
