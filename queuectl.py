@@ -10542,6 +10542,7 @@ def printed_url(site: Site, host: str, port: int) -> str:
 MODERN = "2026-07-28"       # no handshake: each request names its version
 HANDSHAKES = ("2025-11-25", "2025-06-18")
 RESERVED = "io.modelcontextprotocol/"       # begins the protocol's keys of `_meta`
+TASKS = f"{RESERVED}tasks"  # an extension: an enqueued job is a task
 MAX_MESSAGE = 4 << 20       # bytes
 USUAL_PART, MAX_PART = 2048, 8192       # bytes of output in a result
 LISTED = 20                 # jobs in a list; at most MAX_PAGE
@@ -10551,8 +10552,8 @@ START_PAUSE = 5.0           # seconds after a worker was started in vain
 AGENT_TICK = 0.05           # seconds between two looks at jobs that are waited for
 GUIDE = ("Runs shell commands in the background; they outlive this session. `enqueue` "
          "returns an id at once; `wait` for several ids rather than poll `status`.")
-NOT_JSON, NOT_A_REQUEST, NO_METHOD, BAD_PARAMS, BUG, BAD_VERSION = (
-    -32700, -32600, -32601, -32602, -32603, -32022)
+NOT_JSON, NOT_A_REQUEST, NO_METHOD, BAD_PARAMS, BUG, NO_CAPABILITY, BAD_VERSION = (
+    -32700, -32600, -32601, -32602, -32603, -32021, -32022)
 
 
 class ProtocolError(Exception):
@@ -10757,7 +10758,8 @@ class Agent:
         meta: Any = (params.get("_meta") or {}) if isinstance(params, dict) else None
         if not isinstance(meta, dict):
             raise ProtocolError(BAD_PARAMS, "params or _meta are not an object")
-        version = meta.get(f"{RESERVED}protocolVersion")
+        version, client = (meta.get(f"{RESERVED}{key}") for key in (
+            "protocolVersion", "clientCapabilities"))
         is_modern = version is not None or method == "server/discover"
         if is_modern and not isinstance(version, str):
             raise ProtocolError(BAD_PARAMS, f"_meta lacks {RESERVED}protocolVersion")
@@ -10768,11 +10770,22 @@ class Agent:
         common = {"resultType": "complete", "ttlMs": 3_600_000, "cacheScope": "private",
                   "_meta": {f"{RESERVED}serverInfo": server}}
         about = {"capabilities": {"tools": {}}, "instructions": GUIDE}
+        tasks: dict[str, Any] = {"extensions": {TASKS: {}}}
+        is_offered = is_modern and "enqueue" in self._tools
+        has_tasks = is_offered and isinstance(client, dict) \
+            and TASKS in (client.get("extensions") or ())
         if method == "tools/call":
-            return self._call(params.get("name"), params.get("arguments") or {})
+            return self._call(params.get("name"), params.get("arguments") or {},
+                              has_tasks)
         if method == "tools/list":
             return {"tools": [*map(tool_object, self._tools.values())], **common}
+        if method in ("tasks/get", "tasks/update", "tasks/cancel") and is_offered:
+            if not has_tasks:
+                raise ProtocolError(NO_CAPABILITY, "the client does not declare tasks",
+                                    {"requiredCapabilities": tasks})
+            return self._task(method, params.get("taskId"))
         if method == "server/discover":
+            about["capabilities"] = {"tools": {}, **(tasks if has_tasks else {})}
             return {"supportedVersions": [MODERN, *HANDSHAKES], **about, **common}
         if method == "initialize" and not is_modern:
             asked = params.get("protocolVersion")
@@ -10782,7 +10795,7 @@ class Agent:
             return {}
         raise ProtocolError(NO_METHOD, f"there is no method {method!r}")
 
-    def _call(self, name: Any, given: Any) -> Any:
+    def _call(self, name: Any, given: Any, has_tasks: bool) -> Any:
         tool = self._tools.get(name) if isinstance(name, str) else None
         if not tool or not isinstance(given, dict):
             raise ProtocolError(BAD_PARAMS, "arguments are not an object" if tool
@@ -10792,8 +10805,32 @@ class Agent:
                 self, given if name == "enqueue" else arguments(tool, given))
         except QueueError as error:
             return tool_result(error_object(error), isError=True)
-        return self._end_of(found) or found if isinstance(found, Waiting) \
-            else tool_result(found)
+        if isinstance(found, Waiting):
+            return self._end_of(found) or found
+        return {**self._task("tasks/get", found["id"]), "resultType": "task"} \
+            if has_tasks and name == "enqueue" else tool_result(found)
+
+    def _task(self, method: str, job_id: Any) -> dict[str, Any]:
+        # The ids need not be hard to guess: only this client can send one.
+        try:
+            job = self.queue().job(parse_name(job_id))
+            if method == "tasks/cancel" and job.state not in OVER:
+                self.queue().cancel(job.id)
+            is_over = job.state in (COMPLETED, DEAD)
+            found = self.briefs([job.id], USUAL_PART if is_over else 0)[job.id]
+        except QueueError as error:
+            raise ProtocolError(BAD_PARAMS, str(error)) from None
+        if method != "tasks/get":
+            return {"resultType": "complete"}
+        result = tool_result({"id": job.id, **found},
+                             **({"isError": True} if job.state == DEAD else {}))
+        return {"resultType": "complete", "taskId": job.id,
+                "status": "completed" if is_over else
+                "cancelled" if job.state == CANCELLED else "working",
+                "statusMessage": ": ".join([job.state, *found.get("waiting_for", ())]),
+                "createdAt": job.created_at, "lastUpdatedAt": job.updated_at,
+                "ttlMs": None, "pollIntervalMs": 1000,
+                **({"result": result} if is_over else {})}
 
 
 def enqueue_tool(agent: Agent, given: dict[str, Any]) -> dict[str, Any]:

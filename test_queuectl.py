@@ -5375,6 +5375,10 @@ MODERN_META = {"_meta": {"io.modelcontextprotocol/protocolVersion": queuectl.MOD
                          "io.modelcontextprotocol/clientCapabilities": {}}}
 
 
+TASKS_META = json.loads(json.dumps(MODERN_META).replace("{}", json.dumps(
+    {"extensions": {queuectl.TASKS: {}}})))
+
+
 def message(method, params, number=1):
     return json.dumps({"jsonrpc": "2.0", "id": number, "method": method, "params": params}).encode()
 
@@ -5423,6 +5427,8 @@ class Agents(Case):
                 *(({"id": bad, "method": "ping"}, -32600) for bad in (None, True, 1.5, [1])),
                 *((message(*call), code) for code, *call in (
                     (-32601, "tools/close", {}), (-32601, "ping", MODERN_META),
+                    (-32601, "tasks/get", {"taskId": "a"}), (-32021, "tasks/get", MODERN_META),
+                    (-32602, "tasks/get", {**TASKS_META, "taskId": "a"}),
                     (-32602, "tools/call", []), (-32602, "tools/call", {"_meta": 1}),
                     (-32602, "tools/call", {"name": "rm"}), (-32602, "tools/call", {"name": [1]}),
                     (-32602, "tools/call", {"name": "list", "arguments": [1]}),
@@ -5444,8 +5450,10 @@ class Agents(Case):
             found = self.ask("initialize", {"protocolVersion": asked})["result"]
             self.assertEqual(found["protocolVersion"], given)
             self.assertEqual(found["capabilities"], {"tools": {}})
-        found = self.ask("server/discover", MODERN_META)["result"]
-        self.assertEqual(found["supportedVersions"][0], queuectl.MODERN)
+        for meta, extensions in ((MODERN_META, {}), (TASKS_META, {queuectl.TASKS: {}})):
+            found = self.ask("server/discover", meta)["result"]
+            self.assertEqual(found["supportedVersions"][0], queuectl.MODERN)
+            self.assertEqual(found["capabilities"].get("extensions", {}), extensions)
         self.assertEqual(self.ask("ping"), {"jsonrpc": "2.0", "id": 1, "result": {}})
 
     def test_tools_say_what_they_take_and_whether_they_change_anything(self):
@@ -5561,6 +5569,26 @@ class Agents(Case):
         cut = run._replace(output="aß".encode()[:2], output_bytes=2, outcome=None)
         part = queuectl.output_object(job, cut, 0, 9)
         self.assertEqual((part["next"], part["output"]), (1, "a"))     # ß is to come
+
+    def test_a_job_is_a_task_for_a_client_that_knows_tasks(self):
+        def task(method, job_id):
+            return self.ask(f"tasks/{method}", {**TASKS_META, "taskId": job_id})["result"]
+
+        created = self.ask("tools/call", {"name": "enqueue", "arguments": {
+            "command": "x", "id": "t", "max_retries": 1}, **TASKS_META})["result"]
+        self.assertEqual((created["resultType"], created["taskId"], created["status"]),
+                         ("task", "t", "working"))
+        self.assertIn("no worker is running", created["statusMessage"])
+        self.run_next(3)
+        found = task("get", "t")
+        self.assertEqual((found["resultType"], found["status"]), ("complete", "completed"))
+        self.assertTrue(found["result"]["isError"])
+        self.assertEqual(found["result"]["structuredContent"]["exit_code"], 3)
+        self.job(id="u")
+        for method in ("update", "cancel", "cancel"):
+            self.assertEqual(task(method, "u"), {"resultType": "complete"})
+        self.assertEqual(task("get", "u")["status"], CANCELLED)
+        self.assertEqual(self.use("enqueue", MODERN_META, command="x", id="v")["id"], "v")
 
     def test_a_retry_changes_the_fields_that_are_given(self):
         self.jobs([{"id": "a", "max_retries": 1}])
