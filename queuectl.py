@@ -10131,10 +10131,13 @@ def event_stream(queue: Queue, last: int,
         now = clock()
         if now >= shown_at + (STATUS_PAUSE if is_stale else STATUS_EVERY):
             status = status_object(queue.status())
-            if status != shown or now >= sent_at + KEEP_ALIVE:
+            # Messages say how long, so they always differ.
+            now_shown = {**status, "attention": [one["code"] for one
+                                                 in status["attention"]]}
+            if now_shown != shown or now >= sent_at + KEEP_ALIVE:
                 unsent += sse("status", status, seq)
                 sent_at = now
-            shown, shown_at, is_stale = status, now, False
+            shown, shown_at, is_stale = now_shown, now, False
         yield unsent
         unsent = b""
 

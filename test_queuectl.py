@@ -5236,6 +5236,7 @@ class Web(Case):
                  b'"at": "%s", "reason": "enqueued"}\n\n$' % queuectl.iso(NOON).encode()),
                 (0.6, b'^id: 1\nevent: status\ndata: .*"pending": 1'), (6.0, b"^$"),
                 (16.0, b"^id: 1\nevent: status\n"), (17.0, b"^$")):
+            self.clock.now = NOON + now     # for how long the job waits is no news
             self.assertRegex(next(stream), sent)
         self.jobs(queuectl.FEED_BATCH + 1)
         now = 18.0
