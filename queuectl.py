@@ -7107,7 +7107,7 @@ def supervise(work: Callable[[Link], int]) -> tuple[int, str]:
 # its fsync, runs in another thread, during which the connection is not used. (Whole
 # transactions in that thread are no faster: each statement switches the GIL.)
 
-PROGRESS_PAUSE = 0.5   # seconds between two progress lines at least
+PROGRESS_PAUSE = 0.1   # seconds between two progress lines at least
 EXPIRE_PAUSE = 0.05    # seconds between two steps of retention
 NOTICES_AT_ONCE = 64   # notifications read at once
 PEEK_PAUSE = 0.1       # seconds between two commits of output that clients asked for
