@@ -501,6 +501,8 @@ CODES_FORM = f"{_STATUSES}(,{_STATUSES})*"
 
 def parse_codes(text: object) -> tuple[int, ...]:
     """The exit statuses of `2,64-78`, in order; else Invalid."""
+    if isinstance(text, float) and text.is_integer():   # JSON has one kind of number
+        text = int(text)
     if not re.fullmatch(CODES_FORM, str(text)):
         raise Invalid(f"{text!r} is not a list of exit statuses",
                       "use 2,64-78, with numbers from 0 to 255")
@@ -1568,7 +1570,8 @@ FIELDS = {field.name: field._replace(group=group) for group, fields in {
               "wait after the first failure; doubles (default: as configured)"),
         Field("backoff_max", _SPAN, "es", "no wait is longer (default: as configured)"),
         Field("no_retry_on", Kind(
-            lambda value: parse_codes(value) and str(value), _CODES,
+            lambda value: parse_codes(value) and str(
+                int(value) if isinstance(value, float) else value), _CODES,
             _or_null(_TEXT), {"metavar": "CODES"}), "es",
               "exit statuses after which it is dead at once, as 2,64-78")),
     "": (Field(name, Kind(lambda value: value, {
@@ -2335,8 +2338,9 @@ class Sql:
                             WHERE jobs.seq = dependencies.job AND waits = 'blocked')),
              found AS (
             SELECT jobs.seq FROM stuck
-              JOIN jobs ON jobs.seq = stuck.seq
-             WHERE (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
+             CROSS JOIN jobs
+             WHERE jobs.seq = stuck.seq
+               AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
                AND (CAST(:among AS TEXT) IS NULL OR jobs.seq IN (
                     SELECT CAST(value AS BIGINT) FROM json_each(:among))))
         SELECT jobs.*, (SELECT COUNT(*) FROM found) FROM jobs
@@ -2480,7 +2484,12 @@ class Sql:
            AND kind IN ('complete', 'bury', 'cancel')
            AND (CAST(:queue AS TEXT) IS NULL OR queue = :queue)
          GROUP BY kind"""
-    DELETE_TALLIES = "DELETE FROM tallies WHERE minute > 0 AND minute < :before"
+    DELETE_TALLIES = """
+        DELETE FROM tallies
+         WHERE (minute, queue, kind, bucket) IN (
+               SELECT minute, queue, kind, bucket FROM tallies
+                WHERE minute > 0 AND minute < :before
+                LIMIT :limit)"""
 
     # For `check`, as they read whole tables: a code, a message for each row found.
     RULES = (
@@ -5467,8 +5476,9 @@ class Claims:
                 self._expired[state] = {"ended_at": found[-1].finished_at,
                                         "ended_seq": found[-1].seq}
                 more = True
-        self._store.do(Sql.DELETE_TALLIES, {"before": int(now // 60) - KEPT_MINUTES})
-        return self._store.db.shrink() or more
+        deleted = self._store.do(Sql.DELETE_TALLIES, {
+            "before": int(now // 60) - KEPT_MINUTES, "limit": SHRINK_PAGES})
+        return self._store.db.shrink() or bool(deleted) or more
 
     def is_drained(self) -> bool:
         """Return True if nothing runs, is due or waits for a retry in its queues,

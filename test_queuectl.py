@@ -705,6 +705,8 @@ class Rules(Case):
             ("failed", 63, 1, ("fail", queuectl.iso(NOON + 15))),
             ("failed", 64, 0, ("bury", job.run_at)), ("failed", 78, 0, ("bury", job.run_at)),
             ("failed", 2, 0, ("bury", job.run_at)), ("completed", 0, 0, ("complete", job.run_at))))
+        self.assertEqual([self.job(no_retry_on=value).no_retry_on for value in (5, 5.0, "5")],
+                         ["5"] * 3)
         for text in ("", "a", "300", "2,", "1-", "0,-1", True, 2.5):
             with self.subTest(text), refused("invalid-job", key="no_retry_on"):
                 self.job(no_retry_on=text)
