@@ -6852,9 +6852,9 @@ sys.exit(queuectl.main())""", "--db", self.path, "worker", "start", "--drain"])
         worker = self.at_work("sleep 100")
         self.assertTrue(json.loads(self.cli("check", "--json")[1])["sound"])
         self.kill_both(worker)
-        code, out, _ = self.cli("check", "--json")
-        [found] = [one for one in json.loads(out)["findings"] if one["code"] == "lost-run"]
-        self.assertEqual(code, 0)
+        [found] = wait_for(lambda: [
+            one for one in json.loads(self.cli("check", "--json")[1])["findings"]
+            if one["code"] == "lost-run"], "the loss")
         self.assertIn(self.read("pid").strip(), found["message"])
         self.assertEqual(self.cli("cancel", "job-1")[0], 0)
         self.assertEqual(self.job("job-1").state, CANCELLED)
