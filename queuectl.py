@@ -391,6 +391,8 @@ def parse_time(text: object, now: float) -> float:
     try:
         if type(text) in (int, float) or re.fullmatch(_NUMBER, word):
             moment = float(word)
+            if not 0 <= moment <= MAX_DURATION:
+                raise ValueError
         elif word.startswith("+"):
             moment = now + parse_duration(word[1:])
         elif re.fullmatch(r"[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?", word):
