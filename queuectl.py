@@ -24,7 +24,8 @@ Words
     dead       failed for good: in the dead letter queue (DLQ) until a user acts
     lost       the outcome of a run whose worker died
     rank       the order of ready jobs: by priority, with ageing also by time
-    ready      waits only for its slots; scheduled: for its time; blocked: for jobs
+    ready      waits only for its slots; scheduled: for its time; blocked: for jobs;
+               held: for a user's `release`
     tick       one transaction of a worker: record ends of runs, claim jobs
 
 Life cycle
@@ -49,8 +50,8 @@ Invariants
          run's lock is held: by the worker up to the start, then by the process tree.
     (I6) A job is taken from a worker only if the worker is gone, or has sent no
          heartbeat for a lease, and only when the run's lock is free.
-    (I7) A waiting job is ready, scheduled or blocked; only a ready one can be claimed.
-         [CHECK, index]
+    (I7) A waiting job is ready, scheduled, blocked or held; only a ready one can be
+         claimed. [CHECK, index]
     (I8) `counts` equals the number of jobs by queue and state.
     (I9) One thread of a worker uses the database, and starts and reaps the commands; a
          transaction waits only for the write lock and the disk.
